@@ -1,0 +1,204 @@
+"""Check config values beyond their type: single values, keys that contradict each other, changes on resume.
+
+Plain functions apart from the model, so that `config.py` reads as the list of keys. What is valid but not
+built yet is refused by the table at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from common.config_errors import Conflict, found_text
+
+if TYPE_CHECKING:
+    from common.config import TrainConfig
+
+
+def as_texts(value: Any) -> tuple[str, ...]:
+    """Turn one text or a list of texts into a tuple."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
+        raise ValueError("expected text or a list of texts")
+    return tuple(items)
+
+
+def as_reporters(value: Any) -> tuple[str, ...]:
+    """Turn Hugging Face's "none" into the empty tuple."""
+    return tuple(name for name in as_texts(value) if name != "none")
+
+
+def as_layers(value: Any) -> Any:
+    """Turn one layer number or a list of them into a tuple; pydantic checks the numbers."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def as_modules(value: Any) -> str | tuple[str, ...]:
+    """Check a regular expression, or turn a list of module names into a tuple."""
+    if not isinstance(value, str):
+        names = as_texts(value)
+        if not names:
+            raise ValueError("expected at least one name, e.g. [q_proj, v_proj]")
+        return names
+    if not value:
+        raise ValueError("expected all-linear, a regular expression, or a list of names such as [q_proj]")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error}); write all-linear or a list of names") from None
+    return value
+
+
+def known_optimizer(value: str) -> str:
+    """Accept the names that mean AdamW, the one optimizer here."""
+    if value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf", "adamw_mlx"):
+        return value
+    raise ValueError(
+        "the only optimizer here is AdamW with float32 moments of the adapter; write adamw_torch"
+    )
+
+
+def known_metric(value: str) -> str:
+    """Accept the names of the metrics that `evaluate` can compute."""
+    if value in ("valid_json", "exact_match") or re.fullmatch(r"json_field:.+", value):
+        return value
+    raise ValueError("expected valid_json, exact_match or json_field:<name>, e.g. json_field:intent")
+
+
+def check_columns(value: dict[str, str]) -> dict[str, str]:
+    """Accept names for the fields that an example can have, and no others."""
+    if not set(value) <= {"messages", "prompt", "completion", "text", "tools"}:
+        raise ValueError(
+            "expected names for messages, prompt, completion, text or tools, e.g. {prompt: question}"
+        )
+    return value
+
+
+def conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    """Yield every contradiction between keys that are well-formed each by itself."""
+    yield from _dtype_conflicts(config)
+    yield from _quantization_conflicts(config)
+    if config.warmup_steps and config.warmup_ratio:
+        yield Conflict(("warmup_ratio", "warmup_steps"), "warmup_steps is set too; keep one of them")
+    if config.max_steps <= 0 and config.num_train_epochs <= 0:
+        yield Conflict(
+            ("num_train_epochs", "max_steps"),
+            f"found 0 with max_steps: {config.max_steps}: trains nothing; write e.g. num_train_epochs: 3",
+        )
+    if config.eval_strategy != "no" and not config.data.validation:
+        yield Conflict(
+            ("eval_strategy", "data.validation"),
+            f"found {config.eval_strategy} without data.validation; add it, or write eval_strategy: no",
+        )
+
+
+def _dtype_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    """Compare the ways to name the dtype of a run: all that are written must agree."""
+    wishes = _dtype_wishes(config)
+    if not wishes:
+        return
+    first_key, first_value, first_dtype = wishes[0]
+    other = f"which contradicts {first_key}: {first_value}; keep one of them"
+    for key, value, dtype in wishes[1:]:
+        if dtype != first_dtype:
+            yield Conflict((key, first_key), f"found {value}, {other}")
+            return
+    for flag, state, dtype in (("fp16", config.fp16, "float16"), ("bf16", config.bf16, "bfloat16")):
+        if state is False and first_dtype == dtype:
+            yield Conflict((flag, first_key), f"found false, {other}")
+
+
+def _dtype_wishes(config: TrainConfig) -> list[tuple[str, str, str]]:
+    """List each request for a dtype as key, value as written, dtype meant."""
+    wishes: list[tuple[str, str, str]] = []
+    nested = config.quantization.compute_dtype
+    if config.dtype != "auto":
+        wishes.append(("dtype", config.dtype, config.dtype))
+    if config.quantization.load_in_4bit and nested:
+        wishes.append(("quantization.compute_dtype", nested, nested))
+    if config.fp16 is False and config.bf16 is False:
+        wishes.append(("fp16", "false with bf16: false", "float32"))
+    if config.fp16:
+        wishes.append(("fp16", "true", "float16"))
+    if config.bf16:
+        wishes.append(("bf16", "true", "bfloat16"))
+    return wishes
+
+
+def _quantization_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    """Allow one way to quantise, and no setting of a way that isn't chosen unless it has a default."""
+    group = config.quantization
+    ways = {
+        "quantization.load_in_4bit": group.load_in_4bit,
+        "quantization.load_in_8bit": group.load_in_8bit,
+        "quantization.bits": group.bits is not None,
+    }
+    chosen = tuple(key for key, is_set in ways.items() if is_set)
+    if len(chosen) > 1:
+        yield Conflict(chosen, f"{' and '.join(chosen)} are different ways to quantise the base; keep one")
+    if group.group_size and not group.bits:
+        yield Conflict(
+            ("quantization.group_size", "quantization.bits"),
+            f"found {group.group_size} without quantization.bits; write bits: 4 too, or delete group_size",
+        )
+
+
+def differences_for_resume(
+    old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]
+) -> list[str]:
+    """List the keys that differ between two resolved configs and forbid a resume, as `lora.r: 16 -> 8`."""
+    before, after = {**_flat(default), **_flat(old)}, {**_flat(default), **_flat(new)}
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+        and key not in _FREE_ON_RESUME
+        and not key.startswith("evaluation.")
+    ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the keys of groups their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        is_group = isinstance(value, Mapping)
+        flat.update({f"{name}.{key}": item for key, item in value.items()} if is_group else {name: value})
+    return flat
+
+
+_FREE_ON_RESUME = {
+    # Where things lie and who computes: the fingerprints in a checkpoint compare the bytes of data and base.
+    *("model_name_or_path", "revision", "data.train", "data.validation", "data.test"),
+    *("output_dir", "run_name", "engine", "device", "report_to"),
+    # How long and how fast to go on.
+    *("learning_rate", "num_train_epochs", "max_steps", "early_stopping_patience", "max_nonfinite_steps"),
+    # What leaves no trace in the weights. Every accepted `optim` is the same AdamW.
+    *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
+    *("load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
+    *("gradient_checkpointing", "optim"),
+}
+
+
+def not_yet(config: TrainConfig) -> Iterator[Conflict]:
+    """Yield every key of `_NOT_YET` that asks for something."""
+    values = config.model_dump()
+    for key, instead in _NOT_YET.items():
+        group, _, name = key.rpartition(".")
+        value = (values[group] if group else values)[name]
+        if value:
+            yield Conflict((key,), f"found {found_text(value)}, which is not supported yet; {instead}")
+
+
+# Valid keys that nothing honours yet, with what to write: delete a line once its feature works.
+_NOT_YET = {
+    "packing": "write packing: false",
+    "group_by_length": "write group_by_length: false",
+    "load_best_model_at_end": "write load_best_model_at_end: false",
+    "metric_for_best_model": "delete the line",
+    "early_stopping_patience": "delete the line",
+    "adapter_name_or_path": "delete the line; to go on with a run, use --resume",
+    "report_to": 'only "none" is there yet; metrics.jsonl holds every metric',
+    "lora.use_dora": "write use_dora: false",
+}
