@@ -55,9 +55,7 @@ class _Group(BaseModel):
         """Drop known keys set to null, so that `eval_steps: null` or an empty `data.test:` is the default."""
         if not isinstance(values, dict):
             return values
-        return {
-            key: value for key, value in values.items() if value is not None or key not in cls.model_fields
-        }
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
 
 class DataConfig(_Group):
@@ -106,9 +104,9 @@ class LoraConfig(_Group):
     exclude_modules: Modules | None = None
     """Modules to leave out of those, as a regular expression or a list of last names."""
 
-    layers_to_transform: (
-        Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_layers)] | None
-    ) = Field(default=None, examples=[[0, 1]])
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_layers)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
     """Layer number or numbers, from 0, to adapt; null for all."""
 
     use_rslora: bool = False
@@ -152,9 +150,7 @@ class QuantizationConfig(_Group):
 class EvaluationConfig(_Group):
     """Say what `twintune evaluate` measures and shows."""
 
-    metrics: Annotated[
-        tuple[Annotated[str, AfterValidator(known_metric)], ...], BeforeValidator(as_texts)
-    ] = ()
+    metrics: Annotated[tuple[Annotated[str, AfterValidator(known_metric)], ...], BeforeValidator(as_texts)] = ()
     """Beyond loss: valid_json, exact_match, json_field:<name> (the share of answers whose field is right)."""
 
     samples: Annotated[int, Field(ge=0)] = 5
@@ -347,9 +343,7 @@ def require_trainable(config: TrainConfig, source: str | Path) -> None:
     """Raise UserError that lists what a training run lacks, which a config may leave out otherwise."""
     lines = []
     if not config.model_name_or_path:
-        lines.append(
-            "model_name_or_path: missing; add the base to train, e.g. meta-llama/Llama-3.2-3B-Instruct"
-        )
+        lines.append("model_name_or_path: missing; add the base to train, e.g. meta-llama/Llama-3.2-3B-Instruct")
     if not config.data.train:
         lines.append("data.train: missing; add the file of examples, e.g. data/train.jsonl")
     if lines:

@@ -55,9 +55,7 @@ def known_optimizer(value: str) -> str:
     """Accept the names that mean AdamW, the one optimizer here."""
     if value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf", "adamw_mlx"):
         return value
-    raise ValueError(
-        "the only optimizer here is AdamW with float32 moments of the adapter; write adamw_torch"
-    )
+    raise ValueError("the only optimizer here is AdamW with float32 moments of the adapter; write adamw_torch")
 
 
 def known_metric(value: str) -> str:
@@ -70,9 +68,7 @@ def known_metric(value: str) -> str:
 def check_columns(value: dict[str, str]) -> dict[str, str]:
     """Accept names for the fields that an example can have, and no others."""
     if not set(value) <= {"messages", "prompt", "completion", "text", "tools"}:
-        raise ValueError(
-            "expected names for messages, prompt, completion, text or tools, e.g. {prompt: question}"
-        )
+        raise ValueError("expected names for messages, prompt, completion, text or tools, e.g. {prompt: question}")
     return value
 
 
@@ -145,17 +141,13 @@ def _quantization_conflicts(config: TrainConfig) -> Iterator[Conflict]:
         )
 
 
-def differences_for_resume(
-    old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]
-) -> list[str]:
+def differences_for_resume(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]:
     """List the keys that differ between two resolved configs and forbid a resume, as `lora.r: 16 -> 8`."""
     before, after = {**_flat(default), **_flat(old)}, {**_flat(default), **_flat(new)}
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-        and key not in _FREE_ON_RESUME
-        and not key.startswith("evaluation.")
+        if before.get(key) != after.get(key) and key not in _FREE_ON_RESUME and not key.startswith("evaluation.")
     ]
 
 

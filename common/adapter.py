@@ -1,0 +1,137 @@
+"""The adapter's files: written as PEFT writes them, read back with suspicion.
+
+PEFT loads a file with missing tensors with no more than a warning, so nothing is called an adapter here before
+its keys, shapes and values were read back from the disk and found whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from common.config import LoraConfig
+from common.engine import Array
+from common.errors import UserError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def peft_config(lora: LoraConfig, target_modules: Sequence[str], base: str, revision: str | None) -> dict[str, Any]:
+    """Return the adapter_config.json of an adapter: PEFT's classic keys, which every reader knows."""
+    layers = lora.layers_to_transform
+    return {
+        "peft_type": "LORA",
+        "task_type": lora.task_type,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(target_modules),
+        "layers_to_transform": list(layers) if layers is not None else None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "bias": lora.bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "auto_mapping": None,
+    }
+
+
+def write_adapter(directory: Path, weights: Mapping[str, Array], config: Mapping[str, Any]) -> None:
+    """Write config and weights into a folder that exists."""
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_tensors(directory / WEIGHTS_NAME, weights)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """Write a safetensors file with the permissions of any other file (safetensors' own writer makes it private)."""
+    path.write_bytes(save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, {"format": "pt"}))
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read weights and config; raises UserError where the folder is no LoRA adapter of the kind we train."""
+    config = read_adapter_config(directory)
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"{directory}: has no {WEIGHTS_NAME}; expected a PEFT adapter")
+    try:
+        return load_file(path), config
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); save or copy the adapter again") from None
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Read adapter_config.json; raises UserError where it is missing, no JSON, or not of plain LoRA."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{directory}: has no {CONFIG_NAME}; expected the folder of a PEFT adapter, such as .../final")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no JSON ({error}); save the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: is no LoRA adapter; expected peft_type LORA")
+    return config
+
+
+def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
+    """Return the LoRA settings that an adapter_config.json describes; raises UserError for what we can't honour."""
+    extras = (
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "use_dora",
+        "target_parameters",
+    )
+    unknown = [key for key in extras if config.get(key)]
+    if unknown or config.get("bias", "none") != "none":
+        raise UserError(f"{source / CONFIG_NAME}: uses {', '.join(unknown or ['bias'])}, which is not supported yet")
+    if not config.get("target_modules"):
+        raise UserError(f"{source / CONFIG_NAME}: names no target_modules; add those the adapter was trained with")
+    keys = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "use_rslora",
+    )
+    try:
+        return LoraConfig(**{key: config[key] for key in keys if config.get(key) is not None})
+    except ValueError as error:
+        raise UserError(f"{source / CONFIG_NAME}: {error}") from None
+
+
+def check_adapter(
+    weights: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], source: Path, trained: bool
+) -> None:
+    """Raise UserError where weights don't fit the model, hold NaN, or, if `trained`, change nothing."""
+    missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or extra:
+        found = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the model has no place for"
+        more = len(missing) + len(extra) - 1
+        raise UserError(f"{source}: {found}{f' ({more} more)' if more else ''}; is it an adapter of another base?")
+    for key, shape in shapes.items():
+        if weights[key].shape != tuple(shape):
+            raise UserError(f"{source}: {key} has shape {weights[key].shape}; expected {tuple(shape)}")
+        if not np.isfinite(weights[key]).all():
+            raise UserError(
+                f"{source}: {key} holds NaN or infinity; this adapter is broken, take an earlier checkpoint"
+            )
+    if trained and not any(weights[key].any() for key in shapes if ".lora_B." in key):
+        raise UserError(f"{source}: every B is zero: the adapter changes nothing; was the learning rate 0?")

@@ -1,0 +1,69 @@
+"""The README.md beside a finished adapter: what it was trained from and on, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from common.config import TrainConfig
+from common.engine import Engine
+from common.metrics import read_metrics
+
+CARD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, twintune]
+---
+
+# LoRA adapter for {base}
+
+Trained by twintune with the {engine} engine on {device} ({versions}).
+
+| | |
+| --- | --- |
+| data | {data} |
+| steps, epochs | {steps}, {epochs:.2f} |
+| last training loss | {loss} |
+| last validation loss | {eval_loss} |
+| rank, alpha, dropout | {r}, {alpha}, {dropout} |
+| learning rate | {learning_rate:g}, {schedule} |
+| dtype of the base | {dtype} |
+| supervised tokens | {supervised_tokens:,} |
+
+Everything else is in `training_config.json`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base_literal})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def model_card(config: TrainConfig, engine: Engine, metrics: Path) -> str:
+    """Write the model card of a run from its config and its metrics."""
+    rows = read_metrics(metrics)
+    evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    return CARD.format(
+        base=config.model_name_or_path,
+        base_literal=json.dumps(config.model_name_or_path),
+        engine=engine.name,
+        device=engine.device,
+        versions=", ".join(f"{library} {version}" for library, version in engine.versions.items()),
+        data=", ".join(f"`{path}`" for path in config.data.train),
+        steps=rows[-1]["step"],
+        epochs=rows[-1]["epoch"],
+        loss=f"{rows[-1]['loss']:.4f}",
+        eval_loss=f"{evaluated[-1]:.4f}" if evaluated else "not measured",
+        r=config.lora.r,
+        alpha=config.lora.lora_alpha,
+        dropout=config.lora.lora_dropout,
+        learning_rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+        dtype=engine.dtype,
+        supervised_tokens=rows[-1]["supervised_tokens"],
+    )

@@ -1,0 +1,211 @@
+"""The command line: verbs, their options and exit codes. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.errors import TwintuneError, UserError
+
+if TYPE_CHECKING:
+    from common.config import TrainConfig
+
+app = typer.Typer(
+    name="twintune",
+    help="Fine-tune with one config on MLX or torch; out comes a standard PEFT adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="The config, YAML or JSON.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. lora.r=8; repeatable."),
+]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", metavar="auto|mlx|torch", help="What computes.", show_default=False)
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="auto|cuda|mps|cpu|gpu", help="Where it computes.", show_default=False),
+]
+AdapterOption = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter folder.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="M", help="Base model: folder or Hub name; else the adapter's own."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON lines on stdout.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy and deterministic.")]
+TopPOption = Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")]
+TopKOption = Annotated[int, typer.Option(min=0, help="Sample from the likeliest k tokens; 0 for all.")]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="System prompt.")]
+
+
+@app.command(epilog="Example: twintune train --config configs/quickstart.yaml --set learning_rate=2e-4")
+def train(
+    config: ConfigOption,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[auto|DIR]", help="Go on from the newest intact checkpoint, or from this one."),
+    ] = None,
+    allow_changed: Annotated[bool, typer.Option(help="Resume although config, data or base changed.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train an adapter and write checkpoints, metrics and final/ into the config's output_dir."""
+    from rich.console import Console
+
+    from common import launch
+
+    launch.train(_load(config, engine, device, overrides), str(config), resume, allow_changed, Console())
+
+
+@app.command(epilog="Example: twintune evaluate --config configs/quickstart.yaml --adapter outputs/quickstart/final")
+def evaluate(
+    config: ConfigOption,
+    adapter: AdapterOption = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="Examples; else the config's data.test."),
+    ] = None,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Measure loss, perplexity and answers of base and adapter, side by side."""
+    from rich.console import Console
+
+    from common import launch
+
+    settings = _load(config, engine, device, overrides)
+    console = Console(stderr=as_json)
+    scores = launch.evaluate_adapter(settings, adapter, [str(path) for path in data or []], console)
+    if as_json:
+        print(json.dumps(scores))
+
+
+@app.command(epilog='Example: twintune generate --model models/smollm2-135m-instruct --prompt "turn on the light"')
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the user says.")],
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    system: SystemOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    max_new_tokens: MaxTokensOption = 256,
+    seed: SeedOption = 0,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Print the model's answer to a prompt as it comes."""
+    from common import talk
+    from common.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    talk.answer_once(talk.open_model(model, adapter, engine, device), prompt, system, sampling)
+
+
+@app.command(epilog="Example: twintune chat --adapter outputs/quickstart/final")
+def chat(
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    system: SystemOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    max_new_tokens: MaxTokensOption = 512,
+    seed: SeedOption = 0,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Talk with the model; an empty line or Ctrl-D ends."""
+    from common import talk
+    from common.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    talk.converse(talk.open_model(model, adapter, engine, device), system, sampling)
+
+
+@app.command(epilog="Example: twintune preview --config configs/quickstart.yaml -n 3")
+def preview(
+    config: ConfigOption,
+    number: Annotated[int, typer.Option("-n", min=0, help="How many examples to show.")] = 5,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Show training examples as the model sees them, with the supervised tokens marked."""
+    from common.preview import preview_data
+
+    preview_data(_load(config, None, None, overrides), number, as_json)
+
+
+@app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")
+def convert(
+    model: Annotated[Path, typer.Option(metavar="FILE", help="A GGUF file.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face model folder to write.")],
+    dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="Of the weights.")] = "float16",
+) -> None:
+    """Turn a GGUF file into a Hugging Face model folder that both engines load."""
+    from common.gguf import convert_gguf
+
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
+    convert_gguf(model, output, dtype)
+    print(f"{output} is ready")
+
+
+def main() -> None:
+    """Run the command line; what a user can cause ends in one message and an exit code, without a traceback."""
+    try:
+        app(args=_with_bare_resume(sys.argv[1:]), prog_name="twintune")
+    except TwintuneError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = error.filename or "a file"
+        _leave(
+            f"{where}: {error.strerror}; free some room or check the permissions; what was saved before is intact",
+            2,
+        )
+
+
+def _load(config: Path, engine: str | None, device: str | None, overrides: list[str] | None) -> TrainConfig:
+    from common.config import load_config
+
+    options = {"engine": engine, "device": device}
+    return load_config(config, [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value)])
+
+
+def _with_bare_resume(arguments: list[str]) -> list[str]:
+    """Complete a `--resume` without a value to `--resume auto`, which typer can't do by itself."""
+    completed: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        completed.append(argument)
+        if argument == "--resume" and following.startswith("-"):
+            completed.append("auto")
+    return completed
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(message if code == 130 else f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a model is worth on held-out examples: loss, perplexity, and scores of the answers it really gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.batches import TokenDataset
+from common.chat import ChatTokenizer
+from common.config import TrainConfig
+from common.engine import Engine
+from common.errors import UserError
+from common.records import Example
+from common.sampling import Sampling
+from common.trainer import total_loss
+
+
+@dataclass(frozen=True)
+class Question:
+    """Hold the prompt of a held-out example, as text for people and as tokens, and the answer it expects."""
+
+    shown: str
+    prompt_ids: tuple[int, ...]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold the scores of one model and its answers, in the order of the questions."""
+
+    scores: dict[str, float | int]
+    answers: list[str]
+
+
+def make_questions(examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
+    """Turn examples into questions; plain text, which has no answer, makes none."""
+    questions = []
+    for example in examples:
+        if example.messages:
+            last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+            before = example.messages[:last]
+            shown = next((str(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
+            ids = tokenizer.prompt_ids(before, example.tools)
+            questions.append(Question(shown, tuple(ids), str(example.messages[last]["content"])))
+        elif example.prompt:
+            ids = tokenizer.text_ids(example.prompt)
+            questions.append(Question(example.prompt, tuple(ids), example.completion))
+    return questions
+
+
+def evaluate(
+    engine: Engine,
+    config: TrainConfig,
+    data: TokenDataset,
+    questions: Sequence[Question],
+    tokenizer: ChatTokenizer,
+    advance: Callable[[int], None],
+) -> Evaluation:
+    """Score the engine's current weights; `advance` is told how many answers have been generated.
+
+    Answers are generated for all questions where the config names metrics, else only for those it shows.
+    """
+    loss_sum, count = total_loss(engine, data, config.per_device_eval_batch_size)
+    loss = loss_sum / count
+    scores: dict[str, float | int] = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "num_loss_tokens": count,
+    }
+    asked = questions if config.evaluation.metrics else questions[: config.evaluation.samples]
+    answers = generate_answers(engine, config, asked, tokenizer, advance)
+    if asked and config.evaluation.metrics:
+        scores["num_examples"] = len(asked)
+        for metric in config.evaluation.metrics:
+            right = sum(score(metric, answer, q.expected) for answer, q in zip(answers, asked, strict=True))
+            scores[metric] = right / len(asked)
+    return Evaluation(scores, answers)
+
+
+def generate_answers(
+    engine: Engine,
+    config: TrainConfig,
+    questions: Sequence[Question],
+    tokenizer: ChatTokenizer,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Answer questions greedily, in batches of like length; returns texts in the order of the questions."""
+    sampling = Sampling(config.evaluation.max_new_tokens, stop_ids=tokenizer.stop_ids)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt_ids))
+    tokens: dict[int, list[int]] = {index: [] for index in order}
+    for start in range(0, len(order), config.evaluation.batch_size):
+        rows = order[start : start + config.evaluation.batch_size]
+        for row, token in engine.generate([questions[index].prompt_ids for index in rows], sampling):
+            tokens[rows[row]].append(token)
+        advance(start + len(rows))
+    return [tokenizer.decode(tokens[index]) for index in range(len(questions))]
+
+
+def score(metric: str, answer: str, expected: str) -> bool:
+    """Judge one answer: valid_json, exact_match (equal as JSON if the expected one is JSON), json_field:<name>."""
+    found, wanted = _parse(answer), _parse(expected)
+    if metric == "valid_json":
+        return found is not None
+    if metric == "exact_match":
+        return found == wanted if wanted is not None else answer.strip() == expected.strip()
+    if metric.startswith("json_field:"):
+        name = metric.split(":", 1)[1]
+        if not isinstance(wanted, dict) or name not in wanted:
+            raise UserError(f"evaluation.metrics: {metric}: an expected answer has no field {name!r}: {expected[:80]}")
+        return isinstance(found, dict) and found.get(name) == wanted[name]
+    raise AssertionError(f"unknown metric {metric}; config.py should have refused it")
+
+
+def _parse(text: str) -> Any:
+    """Return the JSON object or list that a text is, None where it is none (a bare word or number counts as none)."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None

@@ -1,0 +1,178 @@
+"""One training run in its folder: where it starts, what it saves, and what it leaves behind.
+
+The folder is claimed by training_config.json before anything is trained; a run of another config is never
+mixed into it. Resuming compares config, data, base and tokenizer with what the checkpoint was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import (
+    AdapterFiles,
+    TrainerState,
+    load_checkpoint,
+    newest_intact,
+    remove_old,
+    save_checkpoint,
+)
+from common.config import TrainConfig, changed_keys
+from common.engine import Engine, TrainState
+from common.errors import UserError
+from common.files import new_folder, write_text
+from common.trainer import Progress
+
+CONFIG_NAME = "training_config.json"
+FINAL_NAME = "final"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Hold the fingerprints of what a run is trained on."""
+
+    data: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold where a run goes on: from a checkpoint, or from nothing."""
+
+    progress: Progress
+    state: TrainState | None = None
+    checkpoint: Path | None = None
+
+
+class RunFolder:
+    """Own the output folder of one run."""
+
+    def __init__(self, config: TrainConfig, identity: Identity, files: AdapterFiles, total_steps: int) -> None:
+        self.path = Path(config.output_dir)
+        self._config = config
+        self._identity = identity
+        self._files = files
+        self._total_steps = total_steps
+
+    @property
+    def final(self) -> Path:
+        """Give the folder of the adapter to ship."""
+        return self.path / FINAL_NAME
+
+    def find_start(self, resume: str | None, allow_changed: bool, notes: list[str]) -> Start:
+        """Decide where the run starts: afresh, or from the checkpoint that `resume` ("auto" or a folder) means.
+
+        Damaged checkpoints passed over are told in `notes`. Raises UserError where a resume would mix two runs.
+        """
+        if resume is None or resume == "auto":
+            checkpoint = newest_intact(self.path, notes) if resume else None
+        else:
+            checkpoint = Path(resume)
+            if not checkpoint.is_dir():
+                raise UserError(
+                    f"--resume {resume}: no such folder; expected a checkpoint such as {self.path}/checkpoint-40"
+                )
+        if checkpoint is None:
+            return Start(Progress())
+        state, trainer = load_checkpoint(checkpoint)
+        changes = self._changes(trainer)
+        if changes and not allow_changed:
+            raise UserError(
+                f"{checkpoint}: can't be resumed, this run differs from it:\n  "
+                + "\n  ".join(changes)
+                + "\nput back what changed, use another output_dir, or go on regardless with --allow-changed"
+            )
+        progress = Progress(
+            trainer.step,
+            trainer.epoch,
+            trainer.supervised_tokens,
+            trainer.batch_hash,
+            trainer.nonfinite_steps,
+        )
+        return Start(progress, state, checkpoint)
+
+    def is_finished(self, start: Start) -> bool:
+        """Tell whether the run that starts here has nothing left to do."""
+        return self.final.is_dir() and start.progress.step >= self._total_steps
+
+    def claim(self) -> None:
+        """Write training_config.json, which makes the folder this run's."""
+        write_text(self.path / CONFIG_NAME, as_json(self._config.to_dict()))
+
+    def save(self, engine: Engine, progress: Progress) -> Path:
+        """Write a checkpoint of this moment and delete those beyond `save_total_limit`."""
+        state = engine.read_state()
+        trainer = TrainerState(
+            step=progress.step,
+            epoch=progress.epoch,
+            seed=self._config.seed,
+            supervised_tokens=progress.supervised_tokens,
+            batch_hash=progress.batch_hash,
+            nonfinite_steps=progress.nonfinite_steps,
+            update_count=state.update_count,
+            total_steps=self._total_steps,
+            config=self._config.to_dict(),
+            data_fingerprint=self._identity.data,
+            base_fingerprint=self._identity.base,
+            engine=engine.name,
+            versions=engine.versions,
+        )
+        directory = save_checkpoint(self.path, state, trainer, self._files)
+        remove_old(self.path, self._config.save_total_limit)
+        return directory
+
+    def write_final(self, state: TrainState, card: str) -> None:
+        """Write final/, replacing an older one, once its adapter was read back and found whole."""
+        num_bytes = sum(array.nbytes for array in state.weights.values()) + 20_000_000
+        with new_folder(self.final, num_bytes, replace=True) as folder:
+            self._files.write(folder, state, trained=True)
+            (folder / CONFIG_NAME).write_text(as_json(self._config.to_dict()), encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _changes(self, trainer: TrainerState) -> list[str]:
+        changes = changed_keys(trainer.config, self._config.to_dict())
+        if trainer.data_fingerprint != self._identity.data:
+            changes.append("data.train: its tokens are not those the checkpoint was trained on (data or tokenizer)")
+        if trainer.base_fingerprint != self._identity.base:
+            changes.append("model_name_or_path: the weights of the base are not those the checkpoint was trained on")
+        return changes
+
+
+def refuse_other_run(config: TrainConfig, resume: str | None, allow_changed: bool) -> None:
+    """Raise UserError where the output folder holds a run that this one would overwrite or mix with.
+
+    Needs nothing but the config, so that it is asked before any model is loaded.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir: {output}: a file; expected a folder to write the run into")
+    recorded = output / CONFIG_NAME
+    if not recorded.is_file():
+        return
+    changes = changed_keys(_read(recorded), config.to_dict())
+    if changes and not allow_changed:
+        raise UserError(
+            f"output_dir: {output} already holds a run of another config:\n  "
+            + "\n  ".join(changes)
+            + "\nuse another output_dir (--set output_dir=...), or delete that folder if you don't need it"
+        )
+    if resume is None and (any(output.glob("checkpoint-*")) or (output / FINAL_NAME).is_dir()):
+        raise UserError(
+            f"output_dir: {output} already holds this run; continue it with --resume, use another output_dir, "
+            "or delete the folder to train again from the start"
+        )
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """Format as indented JSON with a final line end."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error}); delete the folder, or use another output_dir") from None

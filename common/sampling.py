@@ -1,0 +1,79 @@
+"""How the next token is chosen from logits: once, in NumPy, so that both engines choose alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.engine import Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Say how to generate: `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Chooser:
+    """Choose one token a row and step, and know which rows are done."""
+
+    def __init__(self, sampling: Sampling, rows: int) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._chosen = 0
+        self._open = np.full(rows, sampling.max_new_tokens > 0)
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether every row has ended."""
+        return not self._open.any()
+
+    def choose(self, logits: Array) -> Array:
+        """Return a token id (B,) for logits (B, V); rows that have ended get one too, to be passed over."""
+        if self._sampling.temperature == 0:
+            return logits.argmax(axis=-1)
+        probabilities = truncated_probabilities(logits, self._sampling)
+        draws = self._random.random((len(logits), 1))
+        return (probabilities.cumsum(axis=-1) > draws).argmax(axis=-1)
+
+    def accept(self, tokens: Array) -> Iterator[tuple[int, int]]:
+        """Yield (row, token) of the rows still open, and close those that stop here."""
+        self._chosen += 1
+        for row in np.flatnonzero(self._open):
+            yield int(row), int(tokens[row])
+        self._open &= ~np.isin(tokens, list(self._sampling.stop_ids))
+        if self._chosen >= self._sampling.max_new_tokens:
+            self._open[:] = False
+
+
+def truncated_probabilities(logits: Array, sampling: Sampling) -> Array:
+    """Return softmax(logits / temperature) over the top-k and nucleus (arXiv:1904.09751) tokens, float64 (B, V)."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    if sampling.top_k:
+        floor = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
+        scaled = np.where(scaled < floor, -np.inf, scaled)
+    probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        ranked = np.take_along_axis(probabilities, order, axis=-1)
+        ranked[ranked.cumsum(axis=-1) - ranked >= sampling.top_p] = 0  # the token that crosses top_p stays
+        np.put_along_axis(probabilities, order, ranked, axis=-1)
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, list[int]]:
+    """Lay prompts out as int32 (B, T), aligned at their ends; returns them and the padding of each row."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    return np.array(rows, np.int32), padding

@@ -1,0 +1,210 @@
+"""The training loop, once for both engines: schedule, order of the data, metrics, evaluation, checkpoints.
+
+It launches step n and then fetches step n - 1, so that host work hides behind the device's; before anything that
+reads the weights (evaluation, checkpoint) it fetches the step under way. The cost is that trouble in a step is
+noticed one step later; the engine itself skips a non-finite update, so nothing is spoilt meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.batches import BatchPlan, TokenDataset, chain_hash, evaluation_batches
+from common.config import TrainConfig
+from common.engine import Engine, Handle, StepBatch, StepResult
+from common.errors import UserError
+from common.metrics import MetricsLog
+from common.progress import Reporter
+from common.schedule import learning_rate_at, warmup_step_count
+from common.signals import StopRequest
+
+
+@dataclass
+class Progress:
+    """Hold how far a run is: what a checkpoint keeps of the Trainer."""
+
+    step: int = 0
+    epoch: float = 0.0
+    supervised_tokens: int = 0
+    batch_hash: str = ""
+    nonfinite_steps: int = 0
+
+
+@dataclass
+class Window:
+    """Add up what happened since the last row of metrics."""
+
+    loss_sum: float = 0.0
+    num_loss_tokens: int = 0
+    num_tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Hold a step that the engine works on."""
+
+    batch: StepBatch
+    learning_rate: float
+    handle: Handle
+
+
+class Trainer:
+    """Drive an engine through a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        plan: BatchPlan,
+        validation: TokenDataset | None,
+        log: MetricsLog,
+        reporter: Reporter,
+        save: Callable[[Progress], None],
+        stop: StopRequest,
+    ) -> None:
+        """Take everything a run needs; `save` writes a checkpoint of a moment when no step is under way."""
+        self._config = config
+        self._engine = engine
+        self._plan = plan
+        self._validation = validation
+        self._log = log
+        self._reporter = reporter
+        self._save = save
+        self._stop = stop
+        self._window = Window()
+        self._launched: Launched | None = None
+        self.progress = Progress()
+
+    def run(self, progress: Progress) -> bool:
+        """Train from where `progress` stands to the end; returns False when a signal stopped it, saved."""
+        self.progress = progress
+        self._reporter.begin(progress.step, self._plan.total_steps)
+        self._window = Window()
+        try:
+            for step in range(progress.step + 1, self._plan.total_steps + 1):
+                self._launch(step)
+                stopping = self._stop.signal_name is not None
+                if stopping or self._is_boundary(step):
+                    self._at_boundary(step, stopping)
+                if stopping:
+                    return False
+            return True
+        finally:
+            self._reporter.end()
+
+    def _launch(self, step: int) -> None:
+        batch = self._plan.step_batch(step)
+        rate = self._learning_rate(step)
+        previous, self._launched = self._launched, Launched(batch, rate, self._engine.train_step(batch, rate))
+        if previous:
+            self._finish(previous)
+
+    def _drain(self) -> None:
+        previous, self._launched = self._launched, None
+        if previous:
+            self._finish(previous)
+
+    def _finish(self, launched: Launched) -> None:
+        """Wait for a step, account for it, and log it where it is due."""
+        result = self._engine.fetch(launched.handle)
+        batch, progress, window = launched.batch, self.progress, self._window
+        progress.step, progress.epoch = batch.step, batch.epoch
+        progress.batch_hash = chain_hash(progress.batch_hash, batch)
+        if not result.updated:
+            self._count_nonfinite(batch, result)
+        else:
+            window.loss_sum += result.loss_sum
+            window.num_loss_tokens += result.num_loss_tokens
+        progress.supervised_tokens += result.num_loss_tokens
+        window.num_tokens += batch.num_tokens
+        self._reporter.advance(batch.step)
+        due = batch.step % self._config.logging_steps == 0 or batch.step in (1, self._plan.total_steps)
+        if (due or self._evaluation_due(batch.step)) and window.num_loss_tokens:
+            self._log_row(launched, result)
+
+    def _log_row(self, launched: Launched, result: StepResult) -> None:
+        window, batch = self._window, launched.batch
+        row: dict[str, Any] = {
+            "step": batch.step,
+            "epoch": round(batch.epoch, 4),
+            "loss": window.loss_sum / window.num_loss_tokens,
+            "learning_rate": launched.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": window.num_tokens / (time.monotonic() - window.since),
+            "supervised_tokens": self.progress.supervised_tokens,
+            "peak_memory_bytes": self._engine.memory().peak_bytes,
+        }
+        if self._evaluation_due(batch.step):
+            row["eval_loss"] = mean_loss(self._engine, self._validation, self._config.per_device_eval_batch_size)
+        self._log.append(row)
+        self._reporter.row(row)
+        self._window = Window()
+
+    def _at_boundary(self, step: int, stopping: bool) -> None:
+        self._drain()
+        if stopping or self._save_due(step):
+            started = time.monotonic()
+            self._save(self.progress)
+            self._window.since += time.monotonic() - started  # speed is that of training alone
+
+    def _is_boundary(self, step: int) -> bool:
+        return self._save_due(step) or self._evaluation_due(step) or step == self._plan.total_steps
+
+    def _save_due(self, step: int) -> bool:
+        return self._due(step, self._config.save_strategy, self._config.save_steps)
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self._validation is not None and self._due(step, self._config.eval_strategy, self._config.eval_steps)
+
+    def _due(self, step: int, strategy: str, every: int) -> bool:
+        """Tell whether an interval ends at a step; every run's last step ends one, unless the strategy is "no"."""
+        if strategy == "no":
+            return False
+        last = step == self._plan.total_steps
+        return last or step % (self._plan.steps_per_epoch if strategy == "epoch" else every) == 0
+
+    def _learning_rate(self, step: int) -> float:
+        config, total = self._config, self._plan.total_steps
+        warmup = warmup_step_count(total, config.warmup_steps, config.warmup_ratio)
+        return learning_rate_at(step - 1, total, config.learning_rate, config.lr_scheduler_type, warmup)
+
+    def _count_nonfinite(self, batch: StepBatch, result: StepResult) -> None:
+        """Skip a non-finite update, or stop the run with a good checkpoint where there were too many."""
+        self.progress.nonfinite_steps += 1
+        where = (
+            f"step {batch.step}: loss {result.loss_sum:g}, gradient norm {result.grad_norm:g}: the update was skipped"
+        )
+        if self.progress.nonfinite_steps <= self._config.max_nonfinite_steps:
+            self._reporter.say(where)
+            return
+        self._drain()
+        self._save(self.progress)
+        sources = [self._plan.data.sources[row] for row in batch.examples[:8]]
+        raise UserError(
+            f"{where} and the run stopped; the weights of the last good step are saved.\n"
+            f"examples of that step: {', '.join(sources)}\n"
+            "try a lower learning_rate, dtype: bfloat16 or float32 instead of float16, or a lower max_grad_norm"
+        )
+
+
+def mean_loss(engine: Engine, data: TokenDataset, batch_size: int) -> float:
+    """Return the loss in nats a supervised token over a whole data set."""
+    loss_sum, count = total_loss(engine, data, batch_size)
+    return loss_sum / count
+
+
+def total_loss(engine: Engine, data: TokenDataset, batch_size: int) -> tuple[float, int]:
+    """Return the summed loss in nats and the number of supervised tokens of a data set."""
+    loss_sum, count, pending = 0.0, 0, None
+    for batch in itertools.chain(evaluation_batches(data, batch_size), [None]):
+        launched = engine.eval_step(batch) if batch else None
+        if pending is not None:
+            result = engine.fetch(pending)
+            loss_sum, count = loss_sum + result.loss_sum, count + result.num_loss_tokens
+        pending = launched
+    return loss_sum, count

@@ -1,0 +1,23 @@
+"""The MLX engine: native LoRA training on Apple silicon, also on a Linux CPU.
+
+Nothing of MLX is imported here: on Linux the fast BLAS must be in place before the first `import mlx.core`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.config import LoraConfig, TrainConfig
+    from common.engine import Engine
+
+
+def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
+    """Load the base model with mlx-lm, inject the adapter and return a ready engine."""
+    from mlx_backend.blas import use_fast_blas
+
+    use_fast_blas()
+    from mlx_backend.engine import MLXEngine
+
+    return MLXEngine(config, model_dir, lora)

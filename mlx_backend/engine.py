@@ -1,0 +1,177 @@
+"""The Engine protocol on MLX: it holds the model and the flat training state, and sends steps to the device.
+
+`train_step` only builds and launches graphs (`mx.async_eval`); the host waits in `fetch`, one step behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from common.batches import supervised_positions
+from common.config import LoraConfig, TrainConfig
+from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.errors import UserError
+from common.flat import FlatLayout
+from common.lora import portable_target_modules, scaling, select_modules
+from common.memory import process_memory
+from common.sampling import Sampling
+from common.weights import tensor_names
+from mlx_backend.generate import generate
+from mlx_backend.lora import Adapter, inject, linear_modules
+from mlx_backend.loss import LossFunction
+from mlx_backend.model import checkpoint_layers, choose_device, load_base, output_head, select_at_head
+from mlx_backend.step import compile_loss, compile_micro_gradient, compile_update
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """Hold the arrays of a launched step until somebody waits for them."""
+
+    num_loss_tokens: int
+    loss_sum: mx.array
+    grad_norm: mx.array | None = None
+    finite: mx.array | None = None
+
+
+class MLXEngine:
+    """Train, evaluate and generate with MLX (see common.engine.Engine)."""
+
+    name = "mlx"
+
+    def __init__(self, config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> None:
+        """Load the base lazily, inject the adapter, and read the weights to the device."""
+        if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
+            raise UserError(
+                "quantization: load_in_4bit and load_in_8bit are bitsandbytes' formats, which the MLX engine "
+                "can't read yet; write quantization: {bits: 4, group_size: 64} for MLX's own, or use --engine torch"
+            )
+        device = choose_device(config.device)
+        on_gpu = device.type == mx.gpu
+        self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_gpu else "float32"
+        self.device_type = "cpu" if not on_gpu else "metal" if mx.metal.is_available() else "cuda"
+        self.device = _describe(on_gpu)
+        self.versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
+        self._on_gpu = on_gpu
+        self._seed = config.seed
+        self._dropout = lora.lora_dropout if lora else 0.0
+        self._model = load_base(model_dir, self.dtype, config.quantization)
+        self._model.freeze()
+        self._targets, self._adapter = self._inject(model_dir, lora)
+        self._selection = select_at_head(self._model)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self._model)
+        self._model.eval()
+        mx.eval(self._model.parameters())
+        self._layout = FlatLayout(self._adapter.shapes())
+        self._loss = LossFunction(self._model, self._selection, self._adapter, self._layout)
+        self._micro_gradient = compile_micro_gradient(self._loss, self.dtype)
+        self._evaluate = compile_loss(self._loss)
+        self._update = compile_update(config)
+        self._weights, self._moment1, self._moment2 = (mx.zeros(self._layout.size) for _ in range(3))
+        self._count = mx.array(0.0)
+
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Give the shape of every adapter tensor, by PEFT key, in PEFT orientation."""
+        return self._layout.shapes
+
+    def target_modules(self) -> Sequence[str]:
+        """Give the modules that carry an adapter, as `target_modules` of an adapter_config.json."""
+        return self._targets
+
+    def load_state(self, state: TrainState) -> None:
+        """Replace weights, moments and update count."""
+        self._weights = mx.array(self._layout.flatten(state.weights))
+        self._moment1 = mx.array(self._layout.flatten(state.moment1))
+        self._moment2 = mx.array(self._layout.flatten(state.moment2))
+        self._count = mx.array(float(state.update_count))
+
+    def read_state(self) -> TrainState:
+        """Copy weights, moments and update count to the host."""
+        arrays = (self._weights, self._moment1, self._moment2)
+        weights, moment1, moment2 = (self._layout.unflatten(np.array(array)) for array in arrays)
+        return TrainState(weights, moment1, moment2, int(self._count.item()))
+
+    def train_step(self, batch: StepBatch, learning_rate: float) -> PendingStep:
+        """Launch one optimizer step and return without waiting for it."""
+        gradient, loss_sum = mx.zeros(self._layout.size), mx.array(0.0)
+        per_token = mx.array(1.0 / batch.num_loss_tokens)
+        for index, micro in enumerate(batch.micro_batches):
+            arrays = [*_to_device(micro), *self._dropout_key(batch.step, index)]
+            gradient, loss_sum = self._micro_gradient(self._weights, gradient, loss_sum, per_token, *arrays)
+        self._weights, self._moment1, self._moment2, self._count, norm, finite = self._update(
+            self._weights,
+            self._moment1,
+            self._moment2,
+            self._count,
+            gradient,
+            loss_sum,
+            mx.array(learning_rate),
+        )
+        mx.async_eval(self._weights, self._moment1, self._moment2, self._count, norm, finite, loss_sum)
+        return PendingStep(batch.num_loss_tokens, loss_sum, norm, finite)
+
+    def eval_step(self, batch: MicroBatch) -> PendingStep:
+        """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
+        loss_sum = self._evaluate(self._weights, *_to_device(batch))
+        mx.async_eval(loss_sum)
+        return PendingStep(int(batch.loss_mask.sum()), loss_sum)
+
+    def fetch(self, handle: PendingStep) -> StepResult:
+        """Wait for that step only and read its result."""
+        loss_sum = handle.loss_sum.item()
+        if handle.grad_norm is None or handle.finite is None:
+            return StepResult(loss_sum, handle.num_loss_tokens)
+        return StepResult(loss_sum, handle.num_loss_tokens, handle.grad_norm.item(), bool(handle.finite.item()))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
+        """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
+        self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
+        yield from generate(self._model, self._selection, prompts, sampling)
+
+    def memory(self) -> MemoryUse:
+        """Read the memory MLX holds on a GPU; on the CPU, that of the whole process."""
+        return MemoryUse(mx.get_active_memory(), mx.get_peak_memory()) if self._on_gpu else process_memory()
+
+    def close(self) -> None:
+        """Release the model and the device's memory."""
+        del self._model, self._loss, self._adapter, self._micro_gradient, self._evaluate
+        mx.clear_cache()
+
+    def _inject(self, model_dir: Path, lora: LoraConfig | None) -> tuple[list[str], Adapter]:
+        if lora is None:
+            return [], Adapter({})
+        linear = list(linear_modules(self._model))
+        chosen = select_modules(linear, output_head(self._model)[0], lora)
+        foreign = [path for path in chosen if f"{path}.weight" not in tensor_names(model_dir)]
+        if foreign:
+            raise UserError(
+                f"{model_dir}: mlx-lm names {foreign[0]} (and {len(foreign) - 1} more) otherwise than the checkpoint, "
+                "so a PEFT adapter of it would not load elsewhere; train this architecture with --engine torch"
+            )
+        adapter = inject(self._model, chosen, lora.r, scaling(lora), lora.lora_dropout)
+        return portable_target_modules(chosen, linear, lora), adapter
+
+    def _dropout_key(self, step: int, micro: int) -> list[mx.array]:
+        if not self._dropout:
+            return []
+        digest = hashlib.sha256(f"{self._seed}:{step}:{micro}".encode()).digest()
+        return [mx.random.key(int.from_bytes(digest[:8], "little"))]
+
+
+def _to_device(micro: MicroBatch) -> list[mx.array]:
+    return [mx.array(micro.token_ids), *map(mx.array, supervised_positions(micro))]
+
+
+def _describe(on_gpu: bool) -> str:
+    if on_gpu:
+        return str(mx.device_info()["device_name"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"the CPU ({cores} cores)"

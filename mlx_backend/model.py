@@ -1,0 +1,128 @@
+"""The base model on MLX: architecture and weights by mlx-lm, and the two places where training bends it.
+
+`select_at_head` lets the head see only the positions whose logits are wanted; `checkpoint_layers` recomputes each
+layer in the backward pass. Both give single module instances a subclass of their own class: no class of mlx-lm is
+patched, parameter names stay, and every architecture that mlx-lm knows keeps its own code around them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_model
+
+from common.config import QuantizationConfig
+from common.errors import MachineError, UserError
+from common.weights import read_model_config, rope_in_both_forms
+from mlx_backend.lora import LoRALinear
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def choose_device(device: str) -> mx.Device:
+    """Resolve the config's device to MLX's and make it the default; raises MachineError where there is none."""
+    if device == "cpu":
+        chosen = mx.Device(mx.cpu)
+    elif device == "auto":
+        chosen = mx.default_device()
+    else:
+        available = {
+            "mps": mx.metal.is_available(),
+            "cuda": mx.cuda.is_available(),
+            "gpu": mx.is_available(mx.gpu),
+        }
+        if not available[device]:
+            raise MachineError(f"device: {device}: this MLX has no such device here; use device: cpu or auto")
+        chosen = mx.Device(mx.gpu)
+    mx.set_default_device(chosen)
+    return chosen
+
+
+def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> nn.Module:
+    """Load a model folder lazily in a dtype, quantising its linear layers where the config says so.
+
+    Raises UserError for an architecture that mlx-lm lacks or weights that don't fit it.
+    """
+    config = read_model_config(directory)
+    try:
+        model, _ = load_model(directory, lazy=True, model_config=rope_in_both_forms(config))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(
+            f"{directory}: the MLX engine can't load this model (model_type {config['model_type']}): {reason}"
+        ) from None
+    model.set_dtype(DTYPES[dtype])
+    if quantization.bits:
+        nn.quantize(model, quantization.group_size, quantization.bits, class_predicate=_is_layer_linear)
+    return model
+
+
+class HeadSelection:
+    """Say which positions of (B * T) the head computes logits for; None means all."""
+
+    positions: mx.array | None = None
+
+    def apply(self, hidden: mx.array) -> mx.array:
+        """Pick rows (N, D) out of hidden states (B, T, D)."""
+        return hidden if self.positions is None else hidden.reshape(-1, hidden.shape[-1])[self.positions]
+
+
+def select_at_head(model: nn.Module) -> HeadSelection:
+    """Put a selection before the output head, `lm_head` or the tied embedding; returns it."""
+    selection = HeadSelection()
+    _, head = output_head(model)
+    method = "as_linear" if isinstance(head, nn.Embedding | nn.QuantizedEmbedding) else "__call__"
+    original = getattr(type(head), method)
+
+    def with_selection(self: nn.Module, hidden: mx.array) -> mx.array:
+        return original(self, selection.apply(hidden))
+
+    _specialise(head, method, with_selection)
+    return selection
+
+
+def output_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Find the module that makes logits: a linear `lm_head` if there is one, else the token embedding."""
+    modules = dict(model.named_modules())
+    for last_name, kinds in (
+        ("lm_head", nn.Linear | nn.QuantizedLinear | LoRALinear),
+        ("embed_tokens", nn.Embedding | nn.QuantizedEmbedding),
+        ("wte", nn.Embedding | nn.QuantizedEmbedding),
+    ):
+        for path, module in modules.items():
+            if path.rsplit(".", 1)[-1] == last_name and isinstance(module, kinds):
+                return path, module
+    raise UserError("the MLX engine finds no output head (lm_head or a tied embed_tokens) in this architecture")
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    for layer in _layers(model):
+        original = type(layer).__call__
+
+        def recomputed(self: nn.Module, *args: Any, _original: Callable = original, **kwargs: Any) -> Any:
+            def run(weights: dict, *args: Any, **kwargs: Any) -> Any:
+                self.update(weights)
+                return _original(self, *args, **kwargs)
+
+            # Gradients flow only into arguments of a checkpointed function: the adapter has to be one of them.
+            return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+
+        _specialise(layer, "__call__", recomputed)
+
+
+def _layers(model: nn.Module) -> Sequence[nn.Module]:
+    return model.layers
+
+
+def _specialise(module: nn.Module, method: str, function: Callable) -> None:
+    module.__class__ = type(type(module).__name__, (type(module),), {method: function})
+
+
+def _is_layer_linear(path: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and path.rsplit(".", 1)[-1] != "lm_head"

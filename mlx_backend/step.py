@@ -1,0 +1,97 @@
+"""One optimizer step on MLX: micro-gradients, global-norm clipping, AdamW.
+
+Weights, moments and gradient are flat float32 arrays (common/flat.py), so the update is one pass of fused
+elementwise work. Formulas are torch's `AdamW` and `clip_grad_norm_`; every constant is computed as the torch
+engine does, because parity between the two is a contract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+
+from common.config import TrainConfig
+from mlx_backend.loss import LossFunction, two_level_sum
+
+# Float16 gradients of a mean loss underflow; bfloat16 and float32 have the range.
+LOSS_SCALE = {"float16": 1024.0}
+
+
+def compile_micro_gradient(loss: LossFunction, dtype: str) -> Callable:
+    """Return f(flat weights, gradient, loss sum, 1 / tokens, micro-batch...) -> (gradient, loss sum), accumulated."""
+    scale = LOSS_SCALE.get(dtype, 1.0)
+
+    def micro_gradient(
+        flat: mx.array, gradient: mx.array, loss_sum: mx.array, per_token: mx.array, *micro: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+            total = loss(weights, *micro)
+            return total * (per_token * scale), total
+
+        (_, total), gradients = mx.value_and_grad(scaled)(loss.split(flat))
+        return gradient + loss.join(gradients) * (1 / scale), loss_sum + total
+
+    return mx.compile(micro_gradient)
+
+
+def compile_loss(loss: LossFunction) -> Callable:
+    """Return f(flat weights, micro-batch...) -> loss sum, for evaluation."""
+    return mx.compile(lambda flat, *micro: loss(loss.split(flat), *micro))
+
+
+def compile_update(config: TrainConfig) -> Callable:
+    """Return the clipped AdamW update with the config's constants.
+
+    f(flat weights, moment1, moment2, update count, gradient, loss sum, learning rate) -> (the first four, updated;
+    gradient norm; whether it was finite). Where it was not, nothing changes.
+    """
+    return mx.compile(
+        partial(
+            _adamw,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_norm=config.max_grad_norm,
+        )
+    )
+
+
+def _adamw(
+    flat: mx.array,
+    moment1: mx.array,
+    moment2: mx.array,
+    count: mx.array,
+    gradient: mx.array,
+    loss_sum: mx.array,
+    learning_rate: mx.array,
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    max_norm: float,
+) -> tuple[mx.array, ...]:
+    norm = mx.sqrt(two_level_sum(mx.square(gradient)))
+    finite = mx.isfinite(norm) & mx.isfinite(loss_sum)
+    if max_norm > 0:
+        gradient = gradient * mx.minimum(1.0, max_norm / (norm + 1e-6))
+    new_count = count + 1
+    # 1 - beta^t through expm1, exact for small t where float32 powers of 0.999 are not.
+    correction1 = -mx.expm1(new_count * math.log(beta1))
+    correction2 = -mx.expm1(new_count * math.log(beta2))
+    new1 = beta1 * moment1 + (1 - beta1) * gradient
+    new2 = beta2 * moment2 + (1 - beta2) * mx.square(gradient)
+    denominator = mx.sqrt(new2) / mx.sqrt(correction2) + epsilon
+    new = flat * (1 - learning_rate * weight_decay) - (learning_rate / correction1) * (new1 / denominator)
+    return (
+        mx.where(finite, new, flat),
+        mx.where(finite, new1, moment1),
+        mx.where(finite, new2, moment2),
+        mx.where(finite, new_count, count),
+        norm,
+        finite,
+    )

@@ -1,0 +1,32 @@
+"""What tests of real engines share: opening one on the CPU with the initial adapter, and a small data set."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.batches import TokenDataset, build_dataset
+from common.config import LoraConfig, TrainConfig
+from common.engine import Engine, TrainState, open_engine
+from common.lora import initial_weights
+
+ENGINES = ("mlx", "torch")
+
+
+def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **settings: object) -> Engine:
+    """Open an engine on the CPU in float32, unless told otherwise, with the initial adapter of seed 42."""
+    config = TrainConfig(**({"device": "cpu", "dtype": "float32"} | settings), lora=lora or LoraConfig())
+    engine = open_engine(name, config, model, config.lora)
+    engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
+    return engine
+
+
+def make_batches(examples: int = 22, seed: int = 0, vocabulary: int = 400) -> TokenDataset:
+    """Make examples of 5 to 45 random tokens whose second part is supervised."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(examples):
+        length = int(rng.integers(5, 46))
+        answer = int(rng.integers(1, length - 1))
+        ids = rng.integers(0, vocabulary, length).tolist()
+        rows.append((ids, [position >= answer for position in range(length)], f"made:{index + 1}"))
+    return build_dataset(rows)

@@ -1,0 +1,277 @@
+"""One suite for both engines: what common.engine.Engine promises, with PEFT and transformers as oracles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import ENGINES, make_batches, open_fresh
+
+from common.adapter import peft_config, write_adapter
+from common.batches import BatchPlan, make_micro_batch
+from common.config import LoraConfig, TrainConfig
+from common.engine import TrainState
+from common.lora import initial_weights
+from common.sampling import Sampling
+from common.trainer import total_loss
+
+# Float32 sums in another order: some rounding errors of 6e-8 add up over a few thousand terms.
+ROUNDING = 2e-5
+
+pytestmark = pytest.mark.parametrize("name", ENGINES)
+
+
+def random_state(engine, seed: int = 3) -> TrainState:
+    """Return a state whose B is not zero, so that the adapter matters."""
+    rng = np.random.default_rng(seed)
+    weights = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in engine.adapter_shapes().items()}
+    return TrainState.fresh(weights)
+
+
+def losses(engine, plan: BatchPlan, steps: int, rate: float = 5e-3) -> list[float]:
+    results = [engine.fetch(engine.train_step(plan.step_batch(step), rate)) for step in range(1, steps + 1)]
+    return [result.loss_sum / result.num_loss_tokens for result in results]
+
+
+def test_state_comes_back_bit_for_bit(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama)
+    state = random_state(engine)
+    state.moment1 = {key: value * 2 for key, value in state.weights.items()}
+    state.moment2 = {key: value**2 for key, value in state.weights.items()}
+    state.update_count = 7
+    engine.load_state(state)
+    back = engine.read_state()
+    assert back.update_count == 7
+    for key in state.weights:
+        np.testing.assert_array_equal(back.weights[key], state.weights[key])
+        np.testing.assert_array_equal(back.moment1[key], state.moment1[key])
+        np.testing.assert_array_equal(back.moment2[key], state.moment2[key])
+
+
+def test_untrained_adapter_leaves_the_base_as_transformers_has_it(name: str, llama: Path) -> None:
+    engine, data = open_fresh(name, llama), make_batches()
+    loss_sum, count = total_loss(engine, data, 3)
+    assert loss_sum == pytest.approx(transformers_loss(llama, None, data), rel=ROUNDING)
+    assert count == int(data.loss_mask.sum())
+
+
+def test_adapter_gives_the_same_loss_in_peft(name: str, llama: Path, tmp_path: Path) -> None:
+    engine, data = open_fresh(name, llama), make_batches()
+    state = random_state(engine)
+    engine.load_state(state)
+    write_adapter(tmp_path, state.weights, peft_config(LoraConfig(), engine.target_modules(), str(llama), None))
+    base = transformers_loss(llama, None, data)
+    expected = transformers_loss(llama, tmp_path, data)
+    assert abs(expected - base) > 1  # the adapter does something
+    assert total_loss(engine, data, 3)[0] == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_one_step_is_torch_adamw_with_clipping(name: str, llama: Path) -> None:
+    """The update follows from the gradient by torch.optim.AdamW, checked over three steps of PEFT's own training."""
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.5, "adam_beta2": 0.99}
+    engine, data = open_fresh(name, llama, **settings), make_batches()
+    plan = BatchPlan(data, 4, 1, 42, 1)
+    engine.load_state(random_state(engine))
+    expected, norms = peft_training(llama, engine.target_modules(), random_state(engine), plan, 3, settings)
+    for step in range(1, 4):
+        result = engine.fetch(engine.train_step(plan.step_batch(step), 1e-2))
+        assert result.grad_norm == pytest.approx(norms[step - 1], rel=1e-4)
+    found = engine.read_state().weights
+    for key, value in expected.items():
+        # Three steps of 1e-2: an entry whose gradient is near zero may round to a different Adam direction.
+        np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
+
+
+def test_loss_falls_while_training(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama)
+    curve = losses(engine, BatchPlan(make_batches(), 4, 1, 42, 10), 15, 1e-2)
+    assert np.mean(curve[-3:]) < 0.9 * curve[0]
+
+
+def test_accumulation_equals_one_large_batch(name: str, llama: Path) -> None:
+    data = make_batches()
+    states = []
+    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
+        engine = open_fresh(name, llama)
+        losses(engine, BatchPlan(data, batch_size, accumulation, 42, 1), 2)
+        states.append(engine.read_state().weights)
+    for other in states[1:]:
+        for key in other:
+            np.testing.assert_allclose(other[key], states[0][key], atol=2e-4, err_msg=key)
+
+
+def test_padding_changes_nothing(name: str, llama: Path) -> None:
+    engine, data = open_fresh(name, llama), make_batches()
+    engine.load_state(random_state(engine))
+    together = total_loss(engine, data, len(data))[0]
+    alone = sum(total_loss(engine, data, 1)[:1])
+    assert together == pytest.approx(alone, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing(name: str, dropout: float, llama: Path) -> None:
+    lora = LoraConfig(lora_dropout=dropout)
+    plan = BatchPlan(make_batches(), 4, 1, 42, 1)
+    plain = losses(open_fresh(name, llama, lora=lora), plan, 3)
+    recomputed = losses(open_fresh(name, llama, lora=lora, gradient_checkpointing=True), plan, 3)
+    assert recomputed == pytest.approx(plain, rel=ROUNDING)
+
+
+def test_dropout_depends_on_the_step_and_spares_evaluation(name: str, llama: Path) -> None:
+    lora, plan = LoraConfig(lora_dropout=0.5), BatchPlan(make_batches(), 4, 1, 42, 1)
+    engine = open_fresh(name, llama, lora=lora)
+    state = random_state(engine)
+    batch = plan.step_batch(1)
+
+    def loss_at(step: int) -> float:
+        engine.load_state(state)
+        moved = type(batch)(step, *list(vars(batch).values())[1:])
+        return engine.fetch(engine.train_step(moved, 0.0)).loss_sum
+
+    assert loss_at(1) == loss_at(1)
+    assert loss_at(1) != loss_at(2)
+    engine.load_state(state)
+    without = open_fresh(name, llama)
+    without.load_state(state)
+    micro = batch.micro_batches[0]
+    found, expected = (each.fetch(each.eval_step(micro)).loss_sum for each in (engine, without))
+    assert found == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_nonfinite_update_is_skipped(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama)
+    state = random_state(engine)
+    key = next(iter(state.weights))
+    state.weights[key][0, 0] = np.inf
+    engine.load_state(state)
+    result = engine.fetch(engine.train_step(BatchPlan(make_batches(), 4, 1, 42, 1).step_batch(1), 1e-2))
+    assert not result.updated
+    back = engine.read_state()
+    assert back.update_count == 0
+    for key, value in state.weights.items():
+        np.testing.assert_array_equal(back.weights[key], value)
+    assert not any(value.any() for value in back.moment2.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_with_float32_adapters(name: str, dtype: str, llama: Path) -> None:
+    plan = BatchPlan(make_batches(), 4, 1, 42, 4)
+    exact, half = open_fresh(name, llama), open_fresh(name, llama, dtype=dtype)
+    # 8 bits of mantissa (bfloat16) over a handful of layers: 2% of a loss of 6.
+    assert losses(half, plan, 4) == pytest.approx(losses(exact, plan, 4), rel=0.02)
+    state = half.read_state()
+    assert state.update_count == 4
+    assert all(value.dtype == np.float32 for value in state.weights.values())
+
+
+def test_greedy_generation_is_that_of_transformers(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama)
+    prompts = [[5, 9, 11], [7], list(range(20, 40))]
+    expected = [transformers_generate(llama, prompt, 12) for prompt in prompts]
+    assert generate_all(engine, prompts, Sampling(12)) == expected
+    assert [generate_all(engine, [prompt], Sampling(12))[0] for prompt in prompts] == expected
+
+
+def test_generation_stops_at_the_stop_token_and_sampling_repeats_by_seed(name: str, llama: Path) -> None:
+    engine, prompts = open_fresh(name, llama), [[5, 9, 11], [7]]
+    free = generate_all(engine, prompts, Sampling(12))
+    stop = free[0][3]
+    stopped = generate_all(engine, prompts, Sampling(12, stop_ids=frozenset([stop])))
+    assert stopped[0] == free[0][: free[0].index(stop) + 1]
+    warm = Sampling(12, temperature=1.5, top_p=0.9, seed=1)
+    assert generate_all(engine, prompts, warm) == generate_all(engine, prompts, warm)
+    assert generate_all(engine, prompts, warm) != generate_all(engine, prompts, Sampling(12, temperature=1.5, seed=2))
+
+
+def test_generation_after_training_uses_the_trained_weights(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama)
+    before = generate_all(engine, [[5, 9, 11]], Sampling(8))
+    engine.load_state(random_state(engine))
+    after = generate_all(engine, [[5, 9, 11]], Sampling(8))
+    engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), 42)))
+    assert before == generate_all(engine, [[5, 9, 11]], Sampling(8))
+    assert before != after
+
+
+def test_targets_named_in_the_config_are_the_ones_trained(name: str, llama: Path) -> None:
+    engine = open_fresh(name, llama, lora=LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]))
+    modules = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in engine.adapter_shapes()}
+    assert modules == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+    assert engine.target_modules() == ["down_proj", "q_proj"]
+
+
+def test_memory_is_measured(name: str, llama: Path) -> None:
+    use = open_fresh(name, llama).memory()
+    assert 0 < use.active_bytes <= use.peak_bytes * 1.01  # the two are read one after the other
+
+
+def generate_all(engine, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for row, token in engine.generate(prompts, sampling):
+        rows[row].append(token)
+    return rows
+
+
+def transformers_model(directory: Path, adapter: Path | None):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def transformers_loss(directory: Path, adapter: Path | None, data) -> float:
+    """Sum the loss row by row, without padding, over plain transformers logits."""
+    import torch
+    from torch.nn import functional as F
+
+    model, total = transformers_model(directory, adapter), 0.0
+    for row in range(len(data)):
+        tokens = torch.tensor(data.tokens(row).astype(np.int64))
+        mask = torch.tensor(data.mask(row))[1:]
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, :-1]
+        total += F.cross_entropy(logits[mask], tokens[1:][mask], reduction="sum").item()
+    return total
+
+
+def transformers_generate(directory: Path, prompt: list[int], length: int) -> list[int]:
+    import torch
+
+    model = transformers_model(directory, None)
+    with torch.no_grad():
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, use_cache=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def peft_training(llama: Path, targets, state: TrainState, plan: BatchPlan, steps: int, settings: dict):
+    """Train with PEFT, torch.optim.AdamW and clip_grad_norm_; returns the weights by PEFT key and the norms."""
+    import torch
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+    from torch.nn import functional as F
+
+    model = get_peft_model(
+        transformers_model(llama, None), PeftLoraConfig(r=16, lora_alpha=32, target_modules=list(targets))
+    )
+    parameters = {n.replace(".default.", "."): p for n, p in model.named_parameters() if ".lora_" in n}
+    for key, parameter in parameters.items():
+        parameter.data = torch.from_numpy(state.weights[key].copy())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=1e-2, betas=(0.9, settings["adam_beta2"]), weight_decay=settings["weight_decay"]
+    )
+    norms = []
+    for step in range(1, steps + 1):
+        micro = make_micro_batch(plan.data, plan.step_batch(step).examples)
+        logits = model(torch.from_numpy(micro.token_ids.astype(np.int64))).logits
+        mask = torch.from_numpy(micro.loss_mask)
+        loss = F.cross_entropy(logits[mask], torch.from_numpy(micro.targets.astype(np.int64))[mask])
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings["max_grad_norm"]).item())
+        optimizer.step()
+    return {key: parameter.detach().numpy() for key, parameter in parameters.items()}, norms
+
+
+def test_config_defaults_are_what_these_tests_assume(name: str) -> None:
+    assert (TrainConfig().lora.r, TrainConfig().lora.lora_alpha, TrainConfig().adam_beta1) == (16, 32, 0.9)

@@ -1,0 +1,160 @@
+"""The Engine protocol on torch: it holds the model and the flat training state, and sends steps to the device.
+
+`train_step` launches work without a synchronisation; on CUDA the results are copied to pinned host memory behind
+it and `fetch` waits for that copy alone, one step behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.batches import supervised_positions
+from common.config import LoraConfig, TrainConfig
+from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.memory import process_memory
+from common.sampling import Sampling
+from torch_backend.generate import generate
+from torch_backend.lora import Adapter, inject
+from torch_backend.loss import LossFunction
+from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
+from torch_backend.step import LOSS_SCALE, Moments, adamw_update
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """Hold the results of a launched step: loss sum, gradient norm, finite; on the host once `done` is."""
+
+    num_loss_tokens: int
+    results: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+class TorchEngine:
+    """Train, evaluate and generate with torch (see common.engine.Engine)."""
+
+    name = "torch"
+
+    def __init__(self, config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> None:
+        """Load the base onto the device and inject the adapter."""
+        device = choose_device(config.device)
+        on_cuda = device.type == "cuda"
+        self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_cuda else "float32"
+        self.device_type = device.type
+        self.device = _describe(device)
+        self.versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        self._config = config
+        self._device = device
+        self._base = load_base(model_dir, self.dtype, config.quantization, device)
+        self._selection = select_at_head(self._base)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self._base)
+        self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
+        self._model.eval()
+        self._adapter = Adapter(self._model, device)
+        self._moments = Moments.zeros(self._adapter.layout.size, device)
+        self._loss = LossFunction(self._model, self._selection, self.dtype, device)
+
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Give the shape of every adapter tensor, by PEFT key, in PEFT orientation."""
+        return self._adapter.layout.shapes
+
+    def target_modules(self) -> Sequence[str]:
+        """Give the modules that carry an adapter, as `target_modules` of an adapter_config.json."""
+        return self._targets
+
+    def load_state(self, state: TrainState) -> None:
+        """Replace weights, moments and update count."""
+        layout = self._adapter.layout
+        self._adapter.weights.copy_(torch.from_numpy(layout.flatten(state.weights)))
+        self._moments.first.copy_(torch.from_numpy(layout.flatten(state.moment1)))
+        self._moments.second.copy_(torch.from_numpy(layout.flatten(state.moment2)))
+        self._moments.count.fill_(state.update_count)
+
+    def read_state(self) -> TrainState:
+        """Copy weights, moments and update count to the host."""
+        tensors = (self._adapter.weights, self._moments.first, self._moments.second)
+        copies = (tensor.to("cpu", copy=True).numpy() for tensor in tensors)
+        weights, moment1, moment2 = (self._adapter.layout.unflatten(copy) for copy in copies)
+        return TrainState(weights, moment1, moment2, int(self._moments.count.item()))
+
+    def train_step(self, batch: StepBatch, learning_rate: float) -> PendingStep:
+        """Launch one optimizer step and return without waiting for it."""
+        self._model.train()
+        scale = LOSS_SCALE.get(self.dtype, 1.0)
+        self._adapter.gradient.zero_()
+        loss_sum = torch.zeros((), device=self._device)
+        for index, micro in enumerate(batch.micro_batches):
+            torch.manual_seed(self._dropout_seed(batch.step, index))
+            loss = self._loss(*self._to_device(micro))
+            (loss * (scale / batch.num_loss_tokens)).backward()
+            loss_sum += loss.detach()
+        gradient = self._adapter.gradient / scale
+        norm, finite = adamw_update(
+            self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate
+        )
+        return self._pending(batch.num_loss_tokens, torch.stack([loss_sum, norm, finite.float()]))
+
+    @torch.no_grad()
+    def eval_step(self, batch: MicroBatch) -> PendingStep:
+        """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
+        self._model.eval()
+        loss = self._loss(*self._to_device(batch))
+        return self._pending(int(batch.loss_mask.sum()), torch.stack([loss, loss * 0, torch.ones_like(loss)]))
+
+    def fetch(self, handle: PendingStep) -> StepResult:
+        """Wait for that step only and read its result."""
+        if handle.done is not None:
+            handle.done.synchronize()
+        loss_sum, norm, finite = handle.results.tolist()
+        return StepResult(loss_sum, handle.num_loss_tokens, norm, bool(finite))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
+        """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
+        self._model.eval()
+        with self._loss.autocast():
+            yield from generate(self._model, self._base.config, self._device, prompts, sampling)
+
+    def memory(self) -> MemoryUse:
+        """Read the memory torch holds on the GPU; on the CPU, that of the whole process."""
+        if self._device.type == "cuda":
+            return MemoryUse(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+        if self._device.type == "mps":  # MPS keeps no peak: what the driver holds only grows, and is near it
+            return MemoryUse(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
+        return process_memory()
+
+    def close(self) -> None:
+        """Release the model and the device's memory."""
+        del self._model, self._base, self._adapter, self._moments, self._loss
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _to_device(self, micro: MicroBatch) -> list[torch.Tensor]:
+        index, targets, weight = supervised_positions(micro)
+        arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
+        return [torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays]
+
+    def _pending(self, num_loss_tokens: int, results: torch.Tensor) -> PendingStep:
+        if self._device.type != "cuda":
+            return PendingStep(num_loss_tokens, results, None)
+        host = torch.empty(results.shape, pin_memory=True)
+        host.copy_(results, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return PendingStep(num_loss_tokens, host, done)
+
+    def _dropout_seed(self, step: int, micro: int) -> int:
+        digest = hashlib.sha256(f"{self._config.seed}:{step}:{micro}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return "the Apple GPU (MPS)" if device.type == "mps" else f"the CPU ({torch.get_num_threads()} threads)"

@@ -1,0 +1,120 @@
+"""The base model on torch: architecture and weights by transformers, NF4 by bitsandbytes, and the head's selection.
+
+`select_at_head` lets the output head see only the positions whose logits are wanted, by a forward pre-hook:
+every architecture keeps its own code, soft caps and scalings after the head included.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from common.config import QuantizationConfig
+from common.errors import MachineError, UserError
+from common.weights import read_model_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve the config's device: auto takes CUDA, then MPS, then the CPU.
+
+    Raises MachineError where the device asked for isn't there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device in ("auto", "gpu"):
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        there = ", ".join(name for name, usable in available.items() if usable)
+        raise MachineError(f"device: {device}: torch {torch.__version__} sees none here; it sees: {there}")
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, device: torch.device) -> PreTrainedModel:
+    """Load a model folder onto a device in a dtype, quantised where the config says so.
+
+    Raises UserError for an architecture that transformers lacks or weights that don't fit it.
+    """
+    if quantization.bits:
+        raise UserError(
+            "quantization.bits: MLX's own formats, which torch can't read; "
+            "write quantization: {load_in_4bit: true} for NF4, or use --engine mlx"
+        )
+    model_type = read_model_config(directory)["model_type"]
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=_without_dropout(AutoConfig.from_pretrained(directory)),
+            dtype=DTYPES[dtype],
+            device_map={"": device},
+            attn_implementation="sdpa",
+            quantization_config=_bitsandbytes_config(quantization, dtype),
+            local_files_only=True,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(
+            f"{directory}: the torch engine can't load this model (model_type {model_type}): {reason}"
+        ) from None
+    _keep_trainable_on_cpu(model)
+    return model
+
+
+class HeadSelection:
+    """Say which positions of (B * T) the head computes logits for; None means all."""
+
+    positions: torch.Tensor | None = None
+
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Pick rows (N, D) out of the hidden states (B, T, D) on their way into the head."""
+        if self.positions is None:
+            return inputs
+        return (inputs[0].reshape(-1, inputs[0].shape[-1])[self.positions],)
+
+
+def select_at_head(model: PreTrainedModel) -> HeadSelection:
+    """Put a selection before the output head; returns it."""
+    selection = HeadSelection()
+    model.get_output_embeddings().register_forward_pre_hook(selection)
+    return selection
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _bitsandbytes_config(quantization: QuantizationConfig, dtype: str) -> Any:
+    if not (quantization.load_in_4bit or quantization.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization.load_in_4bit,
+        load_in_8bit=quantization.load_in_8bit,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.use_double_quant,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Turn the base's own dropout off: it is frozen, and only `lora_dropout` is the config's to say."""
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _keep_trainable_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first evaluation, which loses the gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
