@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from common.config import LoraConfig
 from common.engine import Array
@@ -21,6 +21,7 @@ from common.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
 def peft_config(lora: LoraConfig, target_modules: Sequence[str], base: str, revision: str | None) -> dict[str, Any]:
@@ -62,15 +63,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read weights and config; raises UserError where the folder is no LoRA adapter of the kind we train."""
+    """Read weights, as float32, and config; raises UserError where the folder is no LoRA adapter."""
     config = read_adapter_config(directory)
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{directory}: has no {WEIGHTS_NAME}; expected a PEFT adapter")
     try:
-        return load_file(path), config
+        return {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}, config
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read ({error}); save or copy the adapter again") from None
+
+
+def _float32(dtype: str, shape: Sequence[int], data: bytes) -> Array:
+    if dtype == "BF16":  # which NumPy lacks: the upper half of a float32
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.frombuffer(data, DTYPES[dtype]).astype(np.float32).reshape(shape)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ for every shape. The cost of random access: one permutation an epoch, 8 bytes an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ def padded_length(length: int, smallest: int = 16) -> int:
     return math.ceil(length / step) * step
 
 
-def make_micro_batch(data: TokenDataset, rows: Sequence[int]) -> MicroBatch:
+def make_micro_batch(data: TokenDataset, rows: Sequence[int] | Array) -> MicroBatch:
     """Lay examples out as rows (B, T): inputs are all but the last token, targets all but the first."""
     width = padded_length(max(len(data.tokens(row)) for row in rows) - 1)
     shape = (len(rows), width)
@@ -94,6 +95,28 @@ def supervised_positions(batch: MicroBatch) -> tuple[Array, Array, Array]:
     return index, batch.targets.reshape(-1)[index].astype(np.int32), weight
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, num_examples: int) -> Array:
+    """Draw the order of an epoch's examples; kept, as each of its steps asks for it."""
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def split_by_length(batch: MicroBatch, parts: int) -> list[MicroBatch]:
+    """Split a micro-batch into groups of rows of like length, each cut to its own longest row.
+
+    The sums over the groups are those over the whole; what is saved is padding, a fifth of the tokens of short
+    examples. It pays on CPUs, where many small launches cost nothing.
+    """
+    lengths = (batch.segment_ids > 0).sum(axis=1)
+    groups = np.array_split(np.argsort(lengths, kind="stable"), min(parts, len(lengths)))
+    return [_cut(batch, rows, padded_length(int(lengths[rows].max()), smallest=8)) for rows in groups]
+
+
+def _cut(batch: MicroBatch, rows: Array, width: int) -> MicroBatch:
+    arrays = (batch.token_ids, batch.targets, batch.segment_ids, batch.position_ids, batch.loss_mask)
+    return MicroBatch(*(array[rows, :width] for array in arrays))
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Know every step's batch of a run, by number."""
@@ -119,7 +142,7 @@ class BatchPlan:
         """Build the batch of a step, counted from 1."""
         epoch, within = divmod(step - 1, self.steps_per_epoch)
         size = self.batch_size * self.accumulation
-        rows = self._order(epoch)[within * size : (within + 1) * size]
+        rows = epoch_order(self.seed, epoch, len(self.data))[within * size : (within + 1) * size]
         micro = tuple(
             make_micro_batch(self.data, rows[start : start + self.batch_size])
             for start in range(0, len(rows), self.batch_size)
@@ -132,9 +155,6 @@ class BatchPlan:
             num_tokens=sum(int((each.segment_ids > 0).sum()) for each in micro),
             examples=tuple(int(row) for row in rows),
         )
-
-    def _order(self, epoch: int) -> Array:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
 
 
 def evaluation_batches(data: TokenDataset, batch_size: int) -> Iterator[MicroBatch]:

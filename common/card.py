@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import TrainConfig
 from common.engine import Engine
 from common.metrics import read_metrics
+from common.trainer import Progress
 
 CARD = """---
 base_model: {base}
@@ -44,8 +45,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 
-def model_card(config: TrainConfig, engine: Engine, metrics: Path) -> str:
-    """Write the model card of a run from its config and its metrics."""
+def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics: Path) -> str:
+    """Write the model card of a run from its config, how far it came, and its metrics."""
     rows = read_metrics(metrics)
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     return CARD.format(
@@ -55,9 +56,9 @@ def model_card(config: TrainConfig, engine: Engine, metrics: Path) -> str:
         device=engine.device,
         versions=", ".join(f"{library} {version}" for library, version in engine.versions.items()),
         data=", ".join(f"`{path}`" for path in config.data.train),
-        steps=rows[-1]["step"],
-        epochs=rows[-1]["epoch"],
-        loss=f"{rows[-1]['loss']:.4f}",
+        steps=progress.step,
+        epochs=progress.epoch,
+        loss=f"{rows[-1]['loss']:.4f}" if rows else "not measured",
         eval_loss=f"{evaluated[-1]:.4f}" if evaluated else "not measured",
         r=config.lora.r,
         alpha=config.lora.lora_alpha,
@@ -65,5 +66,5 @@ def model_card(config: TrainConfig, engine: Engine, metrics: Path) -> str:
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
         dtype=engine.dtype,
-        supervised_tokens=rows[-1]["supervised_tokens"],
+        supervised_tokens=progress.supervised_tokens,
     )

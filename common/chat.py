@@ -97,7 +97,7 @@ class ChatTokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """Tokenise plain text with the special tokens that the tokenizer adds by itself."""
-        return self._tokenizer.encode(text).ids
+        return self._tokenize(text, add_special_tokens=True).ids
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         """Turn token ids back into text."""
@@ -115,10 +115,11 @@ class ChatTokenizer:
             text = self._template.render(
                 messages=messages,
                 tools=list(tools) if tools else None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"the chat template refuses this conversation: {error}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise RecordError(f"{len(text):,} characters after the chat template; at most {MAX_RENDERED_CHARACTERS:,}")
@@ -141,7 +142,7 @@ class ChatTokenizer:
         after = self.render(example.messages[: turn + 1], example.tools, add_generation_prompt=False)
         if not after.startswith(before) or not whole.startswith(after.rstrip()):
             raise RecordError(
-                f"the chat template rewrites what stands before or in answer {turn + 1}, so its place is not certain; "
+                f"the chat template rewrites what stands before or in message {turn + 1}, so its place is not certain; "
                 "split the conversation into one example an answer, or use train_on: all"
             )
         return len(before), len(after.rstrip())
@@ -157,9 +158,10 @@ class ChatTokenizer:
         answer = self._tokenize(example.completion).ids + end
         return Encoded(prompt + answer, [train_on == "all"] * len(prompt) + [True] * len(answer))
 
-    def _tokenize(self, text: str) -> Encoding:
-        # The template writes every special token itself; adding them here would double the BOS.
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def _tokenize(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        # A template writes every special token itself; adding them too would double the BOS.
+        text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers says "must be str"
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _token_id(self, token: str | None) -> int | None:
         return self._tokenizer.token_to_id(token) if token else None
@@ -237,8 +239,14 @@ def _compile_template(source: str | None, directory: Path) -> Any:
         raise UserError(f"{directory}: the chat template can't be read: {error}, line {error.lineno}") from None
 
 
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

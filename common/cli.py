@@ -194,7 +194,7 @@ def _load(config: Path, engine: str | None, device: str | None, overrides: list[
 def _with_bare_resume(arguments: list[str]) -> list[str]:
     """Complete a `--resume` without a value to `--resume auto`, which typer can't do by itself."""
     completed: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         completed.append(argument)
         if argument == "--resume" and following.startswith("-"):
             completed.append("auto")

@@ -70,9 +70,10 @@ def load_dataset(
 
 def _fit(encoded: Encoded, config: TrainConfig, report: DataReport, source: str) -> Iterator[Encoded]:
     """Yield what of an example is trained, by `data.truncation`."""
-    ids, mask, limit = encoded.token_ids, encoded.loss_mask, config.max_seq_length
+    ids, limit = encoded.token_ids, config.max_seq_length
+    mask = [False, *encoded.loss_mask[1:]]  # nothing stands before the first token to predict it from
     if len(ids) <= limit:
-        yield encoded
+        yield Encoded(ids, mask)
         return
     if config.data.truncation == "error":
         raise UserError(
@@ -81,8 +82,9 @@ def _fit(encoded: Encoded, config: TrainConfig, report: DataReport, source: str)
         )
     report.truncated += 1
     if config.data.truncation == "split":
-        for start in range(0, len(ids), limit):
-            yield Encoded(ids[start : start + limit], mask[start : start + limit])
+        # The last token of a piece is the first of the next, which is predicted from it: no target is lost.
+        for start in range(0, len(ids) - 1, max(1, limit - 1)):
+            yield Encoded(ids[start : start + limit], [False, *mask[start + 1 : start + limit]])
         return
     report.lost_loss_tokens += sum(mask[limit:] if config.data.truncation == "truncate" else mask)
     if config.data.truncation == "truncate":

@@ -110,7 +110,7 @@ def score(metric: str, answer: str, expected: str) -> bool:
         name = metric.split(":", 1)[1]
         if not isinstance(wanted, dict) or name not in wanted:
             raise UserError(f"evaluation.metrics: {metric}: an expected answer has no field {name!r}: {expected[:80]}")
-        return isinstance(found, dict) and found.get(name) == wanted[name]
+        return isinstance(found, dict) and name in found and found[name] == wanted[name]
     raise AssertionError(f"unknown metric {metric}; config.py should have refused it")
 
 
@@ -118,6 +118,6 @@ def _parse(text: str) -> Any:
     """Return the JSON object or list that a text is, None where it is none (a bare word or number counts as none)."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a number of thousands of digits is a plain ValueError
         return None
     return value if isinstance(value, dict | list) else None

@@ -6,6 +6,7 @@ a kill -9 at any moment leaves the old state or the new one, never half of eithe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -28,6 +29,7 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number, as in containers
         temporary.mkdir(parents=True)
         if shutil.disk_usage(temporary).free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -60,7 +62,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(_explain(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from common.errors import UserError
 from common.weights import check_model_folder
 
 PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
+ANSWER_SECONDS = 10
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
@@ -25,30 +26,45 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.startswith("models/"):
         raise UserError(
             f"model_name_or_path: {name}: no such folder; expected a local model folder or a Hub name such as "
             "meta-llama/Llama-3.2-3B-Instruct (the quickstart's model comes with: make model)"
         )
-    advice = "or download it elsewhere and give the path of the folder"
+    problem = None
+    try:  # asked first, with a time limit: behind a firewall snapshot_download alone waits for ever
+        HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
+    except Exception as error:  # also the HTTP client's own errors, which the library doesn't export
+        problem = error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
-    except errors.GatedRepoError:
-        raise UserError(
+        only_cached = problem is not None
+        return Path(snapshot_download(name, revision=revision, local_files_only=only_cached, allow_patterns=PATTERNS))
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        raise _explained(name, revision, problem or error) from None
+
+
+def _explained(name: str, revision: str | None, problem: Exception) -> UserError:
+    from huggingface_hub import errors
+
+    advice = "or download it elsewhere and give the path of the folder"
+    if isinstance(problem, errors.GatedRepoError):
+        return UserError(
             f"{name}: a gated model: accept its licence at https://huggingface.co/{name}, then log in with "
             f"`hf auth login` or set HF_TOKEN, {advice}"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name}: has no revision {revision!r}; check the branch, tag or commit") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: the Hub has no such model, or it is private; check the spelling, log in with `hf auth login`, "
-            f"{advice}"
-        ) from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{name}: neither a folder nor a Hub name: {error}") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: the Hub can't be reached ({reason[:160]}); check the network, {advice}") from None
+        )
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{name}: no such folder here, and the Hub has no such model, or it is private; check the spelling, "
+            f"log in with `hf auth login`, {advice}"
+        )
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return UserError(f"{name}: the Hub has no revision {revision!r} of it; check the branch, tag or commit")
+    if isinstance(problem, errors.HFValidationError):
+        return UserError(f"{name}: neither a folder nor a Hub name: {problem}")
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return UserError(
+        f"{name}: no such folder here, and the Hub gives no model ({reason[:160]}); check the name, the network "
+        f"and HF_TOKEN, {advice}"
+    )

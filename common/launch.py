@@ -34,7 +34,7 @@ from common.records import Example
 from common.run import Identity, RunFolder, Start, refuse_other_run
 from common.signals import stop_on_signals
 from common.trainer import Trainer
-from common.weights import fingerprint
+from common.weights import fingerprint, vocabulary_size
 
 # A LoRA step is forward and the backward of activations, twice a forward alone, and a little of its own.
 STEP_PER_FORWARD = 2.4
@@ -163,7 +163,7 @@ def _train(
             f"stopped by {stop.signal_name} after step {progress.step} of {plan.total_steps}; everything is saved. "
             f"Continue with:\n  twintune train --config {source} --resume {folder.path / f'checkpoint-{progress.step}'}"
         )
-    folder.write_final(engine.read_state(), model_card(config, engine, folder.path / "metrics.jsonl"))
+    folder.write_final(engine.read_state(), model_card(config, engine, progress, folder.path / "metrics.jsonl"))
     reporter.say(
         f"Trained {done} steps in {clock(time.monotonic() - began)} "
         f"on {engine.device}; batches {progress.batch_hash[:16]}"
@@ -222,6 +222,12 @@ def _read_data(
     what: str, paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console
 ) -> tuple[TokenDataset, list[Example]]:
     data, examples, report = load_dataset(paths, config, tokenizer)
+    highest, known = int(data.token_ids.max()), vocabulary_size(tokenizer.directory)
+    if known and highest >= known:
+        raise UserError(
+            f"{tokenizer.directory}: its tokenizer makes token {highest}, its model knows only 0 to {known - 1}; "
+            "put the model's own tokenizer beside it"
+        )
     share = data.loss_mask.mean()
     say(console, f"{len(data):,} {what} examples, {len(data.token_ids):,} tokens, {share:.0%} of them supervised")
     for line in report.lines(config):

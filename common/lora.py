@@ -53,9 +53,8 @@ def select_modules(linear: Sequence[str], head: str | None, lora: LoraConfig) ->
     chosen = [
         name
         for name in linear
-        if _matches(name, lora.target_modules, head)
+        if _targeted(name, lora.target_modules, lora.layers_to_transform, head)
         and not (lora.exclude_modules and _matches(name, lora.exclude_modules, None))
-        and _layer_wanted(name, lora.layers_to_transform)
     ]
     if not chosen:
         raise UserError(
@@ -71,7 +70,7 @@ def portable_target_modules(chosen: Sequence[str], linear: Sequence[str], lora: 
     Last names (`q_proj`) where they select the same modules, which every reader understands; else full paths.
     """
     names = _suffixes(chosen)
-    selected = [m for m in linear if _matches(m, names, None) and _layer_wanted(m, lora.layers_to_transform)]
+    selected = [name for name in linear if _targeted(name, names, lora.layers_to_transform, None)]
     return names if selected == list(chosen) else sorted(chosen)
 
 
@@ -89,6 +88,12 @@ def _initial_tensor(key: str, shape: tuple[int, ...], seed: int) -> Array:
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).random(shape, np.float32)
     return (draw * 2 - 1) * np.float32(1 / math.sqrt(shape[-1]))
+
+
+def _targeted(name: str, pattern: str | Sequence[str], layers: int | Sequence[int] | None, head: str | None) -> bool:
+    if not isinstance(pattern, str) and name in pattern:
+        return True  # a full name is meant whatever the layers, such as lm_head
+    return _matches(name, pattern, head) and _layer_wanted(name, layers)
 
 
 def _matches(name: str, pattern: str | Sequence[str], head: str | None) -> bool:

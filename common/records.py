@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,13 @@ def to_example(value: Any, source: str, data: DataConfig) -> Example:
         raise RecordError(f"has no {' and '.join(map(repr, missing))}; its keys are {', '.join(value) or 'none'}")
     if form == "chat":
         tools = value.get(data.columns.get("tools", "tools"))
+        if tools is not None and not isinstance(tools, list):
+            raise RecordError(f"'tools' is {_kind(tools)}; expected a list of JSON schemas")
         return Example(source, messages=_messages(value[fields[0]]), tools=tuple(tools) if tools else None)
-    texts = [_text(value[name], name) for name in fields]
+    texts = [
+        _text(value[name], name, may_be_empty=meaning == "prompt")
+        for meaning, name in zip(FIELDS[form], fields, strict=True)
+    ]
     if form == "text":
         return Example(source, text=texts[0])
     return Example(source, prompt=texts[0], completion=texts[1])
@@ -99,32 +105,37 @@ def _read_values(path: Path, errors: list[str]) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with opener(path, "rb") as file:
             if ".jsonl" in path.suffixes:
                 yield from _json_lines(path, file, errors)
             else:
                 yield from _json_array(path, file.read())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: a damaged gzip file ({error}); compress or copy it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); check the file and its permissions") from None
 
 
-def _json_lines(path: Path, lines: Iterator[str], errors: list[str]) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, lines: Iterable[bytes], errors: list[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+            text = line.decode("utf-8-sig").rstrip()
+            if text:
+                yield f"{path}:{number}", json.loads(text)
+        except UnicodeDecodeError as error:
+            errors.append(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+            found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             errors.append(f"{path}:{number}: no JSON: {found}; expected one JSON object a line")
 
 
-def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _json_array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     try:
+        text = content.decode("utf-8-sig")
         values = json.loads(text) if text.strip() else []
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON: {error}; one object a line belongs in a file named .jsonl") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: found {_kind(values)}; expected a list of examples [{{...}}, ...]")
@@ -161,10 +172,10 @@ def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(value)
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, may_be_empty: bool) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{name!r} is {_kind(value)}; expected a text")
-    if name != "prompt" and not value.strip():
+    if not may_be_empty and not value.strip():
         raise RecordError(f"{name!r} is empty; there is nothing to learn from it")
     return value
 

@@ -7,12 +7,14 @@ mixed into it. Resuming compares config, data, base and tokenizer with what the 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint import (
+    MANIFEST_NAME,
     AdapterFiles,
     TrainerState,
     load_checkpoint,
@@ -71,10 +73,6 @@ class RunFolder:
             checkpoint = newest_intact(self.path, notes) if resume else None
         else:
             checkpoint = Path(resume)
-            if not checkpoint.is_dir():
-                raise UserError(
-                    f"--resume {resume}: no such folder; expected a checkpoint such as {self.path}/checkpoint-40"
-                )
         if checkpoint is None:
             return Start(Progress())
         state, trainer = load_checkpoint(checkpoint)
@@ -144,11 +142,16 @@ class RunFolder:
 def refuse_other_run(config: TrainConfig, resume: str | None, allow_changed: bool) -> None:
     """Raise UserError where the output folder holds a run that this one would overwrite or mix with.
 
-    Needs nothing but the config, so that it is asked before any model is loaded.
+    Also where it can't be written, or `resume` names no checkpoint. Needs nothing but the config, so that it is
+    asked before any model is loaded.
     """
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir: {output}: a file; expected a folder to write the run into")
+    _refuse_unwritable(output)
+    if resume not in (None, "auto") and not (Path(resume) / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"--resume {resume}: no checkpoint; expected a folder such as {output / 'checkpoint-40'}, "
+            "or --resume alone for the newest one"
+        )
     recorded = output / CONFIG_NAME
     if not recorded.is_file():
         return
@@ -159,10 +162,27 @@ def refuse_other_run(config: TrainConfig, resume: str | None, allow_changed: boo
             + "\n  ".join(changes)
             + "\nuse another output_dir (--set output_dir=...), or delete that folder if you don't need it"
         )
-    if resume is None and (any(output.glob("checkpoint-*")) or (output / FINAL_NAME).is_dir()):
+    finished, resumable = (output / FINAL_NAME).is_dir(), any(output.glob("checkpoint-*"))
+    if resume == "auto" and finished and not resumable:
+        raise UserError(
+            f"output_dir: {output} already holds this run, finished and without a checkpoint to go on from; "
+            "use another output_dir, or delete the folder to train again"
+        )
+    if resume is None and (finished or resumable):
         raise UserError(
             f"output_dir: {output} already holds this run; continue it with --resume, use another output_dir, "
             "or delete the folder to train again from the start"
+        )
+
+
+def _refuse_unwritable(output: Path) -> None:
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(f"output_dir: {output}: {there} is a file; expected a folder to write the run into")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir: {output}: {there} can't be written; check its permissions and whether its disk is "
+            "read-only, or use another output_dir (--set output_dir=...)"
         )
 
 

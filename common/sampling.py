@@ -40,9 +40,9 @@ class Chooser:
         """Return a token id (B,) for logits (B, V); rows that have ended get one too, to be passed over."""
         if self._sampling.temperature == 0:
             return logits.argmax(axis=-1)
-        probabilities = truncated_probabilities(logits, self._sampling)
-        draws = self._random.random((len(logits), 1))
-        return (probabilities.cumsum(axis=-1) > draws).argmax(axis=-1)
+        cumulative = truncated_probabilities(logits, self._sampling).cumsum(axis=-1)
+        draws = self._random.random((len(logits), 1)) * cumulative[:, -1:]  # rounded, the sum may be just below 1
+        return (cumulative > draws).argmax(axis=-1)
 
     def accept(self, tokens: Array) -> Iterator[tuple[int, int]]:
         """Yield (row, token) of the rows still open, and close those that stop here."""
@@ -58,7 +58,8 @@ def truncated_probabilities(logits: Array, sampling: Sampling) -> Array:
     """Return softmax(logits / temperature) over the top-k and nucleus (arXiv:1904.09751) tokens, float64 (B, V)."""
     scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.top_k:
-        floor = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
+        kept = min(sampling.top_k, scaled.shape[-1])
+        floor = np.partition(scaled, -kept, axis=-1)[:, -kept, None]
         scaled = np.where(scaled < floor, -np.inf, scaled)
     probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)

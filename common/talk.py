@@ -100,4 +100,5 @@ def _ask() -> str:
     try:
         return input("> ").strip()
     except EOFError:
+        print()  # the shell's prompt belongs on a line of its own
         return ""

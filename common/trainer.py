@@ -7,10 +7,11 @@ noticed one step later; the engine itself skips a non-finite update, so nothing 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from common.batches import BatchPlan, TokenDataset, chain_hash, evaluation_batches
@@ -41,7 +42,7 @@ class Window:
     loss_sum: float = 0.0
     num_loss_tokens: int = 0
     num_tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # to launch its steps and to wait for them: an engine computes in one or the other
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Launched:
     batch: StepBatch
     learning_rate: float
     handle: Handle
+    seconds: float  # to build the batch and to launch it
 
 
 class Trainer:
@@ -84,7 +86,6 @@ class Trainer:
         """Train from where `progress` stands to the end; returns False when a signal stopped it, saved."""
         self.progress = progress
         self._reporter.begin(progress.step, self._plan.total_steps)
-        self._window = Window()
         try:
             for step in range(progress.step + 1, self._plan.total_steps + 1):
                 self._launch(step)
@@ -98,9 +99,12 @@ class Trainer:
             self._reporter.end()
 
     def _launch(self, step: int) -> None:
+        started = time.perf_counter()
         batch = self._plan.step_batch(step)
         rate = self._learning_rate(step)
-        previous, self._launched = self._launched, Launched(batch, rate, self._engine.train_step(batch, rate))
+        handle = self._engine.train_step(batch, rate)
+        launched = Launched(batch, rate, handle, time.perf_counter() - started)
+        previous, self._launched = self._launched, launched
         if previous:
             self._finish(previous)
 
@@ -111,16 +115,18 @@ class Trainer:
 
     def _finish(self, launched: Launched) -> None:
         """Wait for a step, account for it, and log it where it is due."""
+        started = time.perf_counter()
         result = self._engine.fetch(launched.handle)
         batch, progress, window = launched.batch, self.progress, self._window
+        window.seconds += launched.seconds + time.perf_counter() - started
         progress.step, progress.epoch = batch.step, batch.epoch
         progress.batch_hash = chain_hash(progress.batch_hash, batch)
+        progress.supervised_tokens += result.num_loss_tokens
         if not result.updated:
             self._count_nonfinite(batch, result)
         else:
             window.loss_sum += result.loss_sum
             window.num_loss_tokens += result.num_loss_tokens
-        progress.supervised_tokens += result.num_loss_tokens
         window.num_tokens += batch.num_tokens
         self._reporter.advance(batch.step)
         due = batch.step % self._config.logging_steps == 0 or batch.step in (1, self._plan.total_steps)
@@ -134,8 +140,8 @@ class Trainer:
             "epoch": round(batch.epoch, 4),
             "loss": window.loss_sum / window.num_loss_tokens,
             "learning_rate": launched.learning_rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": window.num_tokens / (time.monotonic() - window.since),
+            "grad_norm": result.grad_norm if result.updated else None,  # JSON has no NaN
+            "tokens_per_second": window.num_tokens / window.seconds,
             "supervised_tokens": self.progress.supervised_tokens,
             "peak_memory_bytes": self._engine.memory().peak_bytes,
         }
@@ -148,9 +154,7 @@ class Trainer:
     def _at_boundary(self, step: int, stopping: bool) -> None:
         self._drain()
         if stopping or self._save_due(step):
-            started = time.monotonic()
             self._save(self.progress)
-            self._window.since += time.monotonic() - started  # speed is that of training alone
 
     def _is_boundary(self, step: int) -> bool:
         return self._save_due(step) or self._evaluation_due(step) or step == self._plan.total_steps
@@ -182,7 +186,8 @@ class Trainer:
         if self.progress.nonfinite_steps <= self._config.max_nonfinite_steps:
             self._reporter.say(where)
             return
-        self._drain()
+        with contextlib.suppress(UserError):  # the step under way may be no better; this one is told
+            self._drain()
         self._save(self.progress)
         sources = [self._plan.data.sources[row] for row in batch.examples[:8]]
         raise UserError(

@@ -83,6 +83,12 @@ def tensor_names(directory: Path) -> set[str]:
     return {name for path in weight_files(directory) for name in read_header(path)}
 
 
+def vocabulary_size(directory: Path) -> int | None:
+    """Read how many tokens a model knows; None where its config doesn't say."""
+    config = read_model_config(directory)
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
 def fingerprint(directory: Path) -> str:
     """Return a sha256 over config.json and, of each weight file, name, size, header and 64 spread samples."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())

@@ -5,6 +5,8 @@ Nothing of MLX is imported here: on Linux the fast BLAS must be in place before 
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,12 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     """Load the base model with mlx-lm, inject the adapter and return a ready engine."""
     from mlx_backend.blas import use_fast_blas
 
-    use_fast_blas()
+    blas = use_fast_blas()
+    if blas.startswith("warning"):
+        logging.getLogger(__name__).warning(blas)
+    # Read at MLX's first evaluation. By default it walks wide graphs depth first, so that one stream's work comes
+    # nearly to its end before the next one's begins: 3.1 s a step of SmolLM2 on two cores against 2.2 s.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
     from mlx_backend.engine import MLXEngine
 
     return MLXEngine(config, model_dir, lora)

@@ -64,6 +64,7 @@ def use_fast_blas() -> str:
         if gemm_calls() is None:
             _refuse_after_mlx()
             _load_shim(_load_openblas())
+            set_blas_threads(available_cpus())  # it sees no container's quota by itself
         openblas = _load_openblas()
     except BlasUnavailableError as error:
         return f"warning: MLX's matmuls use the reference BLAS, training is about 20 times slower: {error}"
@@ -71,8 +72,16 @@ def use_fast_blas() -> str:
     return f"MLX uses OpenBLAS {_openblas_version()} with {threads} threads."
 
 
+def set_blas_threads(count: int) -> None:
+    """Let each matmul use `count` threads, where OpenBLAS is in place and the environment doesn't say how many."""
+    if gemm_calls() is not None and not _threads_given():
+        _load_openblas().scipy_openblas_set_num_threads(count)
+
+
 def gemm_calls() -> int | None:
     """Count the matmuls of this process that went through OpenBLAS; None where it isn't in place."""
+    if sys.platform != "linux":
+        return None
     try:
         return ctypes.c_long.in_dll(ctypes.CDLL(None), CALLS_SYMBOL).value
     except ValueError:
@@ -81,6 +90,8 @@ def gemm_calls() -> int | None:
 
 def available_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
     """Count the CPUs this process may keep busy: its affinity, or its container's quota if that is less."""
+    if sys.platform != "linux":  # no affinity and no quota to ask for
+        return os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
     for read_quota in (_cgroup2_quota, _cgroup1_quota):
         with contextlib.suppress(OSError, ValueError):
@@ -113,7 +124,7 @@ def _refuse_after_mlx() -> None:
 
 
 def _load_openblas() -> ctypes.CDLL:
-    """Load OpenBLAS, private to us, with as many threads as this process has CPUs."""
+    """Load OpenBLAS, private to us; the second time it is the same library."""
     spec = importlib.util.find_spec("scipy_openblas32")  # its own import would load it into the global scope
     folders = (spec.submodule_search_locations or []) if spec else []
     paths = [path for folder in folders for path in Path(folder).glob("lib/libscipy_openblas*.so")]
@@ -123,9 +134,11 @@ def _load_openblas() -> ctypes.CDLL:
         openblas = ctypes.CDLL(str(paths[0]))
     except OSError as error:
         raise BlasUnavailableError(f"{error}; reinstall scipy-openblas32") from None
-    if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
-        openblas.scipy_openblas_set_num_threads(available_cpus())  # it sees no container's quota by itself
     return openblas
+
+
+def _threads_given() -> bool:
+    return bool({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys())
 
 
 def _openblas_version() -> str:

@@ -28,7 +28,8 @@ from mlx_backend.generate import generate
 from mlx_backend.lora import Adapter, inject, linear_modules
 from mlx_backend.loss import LossFunction
 from mlx_backend.model import checkpoint_layers, choose_device, load_base, output_head, select_at_head
-from mlx_backend.step import compile_loss, compile_micro_gradient, compile_update
+from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
+from mlx_backend.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class MLXEngine:
         self.device = _describe(on_gpu)
         self.versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
         self._on_gpu = on_gpu
+        self._streams = Streams(device)
         self._seed = config.seed
         self._dropout = lora.lora_dropout if lora else 0.0
         self._model = load_base(model_dir, self.dtype, config.quantization)
@@ -72,9 +74,9 @@ class MLXEngine:
         mx.eval(self._model.parameters())
         self._layout = FlatLayout(self._adapter.shapes())
         self._loss = LossFunction(self._model, self._selection, self._adapter, self._layout)
-        self._micro_gradient = compile_micro_gradient(self._loss, self.dtype)
-        self._evaluate = compile_loss(self._loss)
-        self._update = compile_update(config)
+        self._micro_gradient = make_micro_gradient(self._loss, self._streams, self.dtype)
+        self._evaluate = make_evaluation(self._loss, self._streams)
+        self._update = make_update(config)
         self._weights, self._moment1, self._moment2 = (mx.zeros(self._layout.size) for _ in range(3))
         self._count = mx.array(0.0)
 
@@ -104,8 +106,8 @@ class MLXEngine:
         gradient, loss_sum = mx.zeros(self._layout.size), mx.array(0.0)
         per_token = mx.array(1.0 / batch.num_loss_tokens)
         for index, micro in enumerate(batch.micro_batches):
-            arrays = [*_to_device(micro), *self._dropout_key(batch.step, index)]
-            gradient, loss_sum = self._micro_gradient(self._weights, gradient, loss_sum, per_token, *arrays)
+            parts = self._parts(micro, f"{self._seed}:{batch.step}:{index}" if self._dropout else None)
+            gradient, loss_sum = self._micro_gradient(self._weights, gradient, loss_sum, per_token, parts)
         self._weights, self._moment1, self._moment2, self._count, norm, finite = self._update(
             self._weights,
             self._moment1,
@@ -120,7 +122,7 @@ class MLXEngine:
 
     def eval_step(self, batch: MicroBatch) -> PendingStep:
         """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
-        loss_sum = self._evaluate(self._weights, *_to_device(batch))
+        loss_sum = self._evaluate(self._weights, self._parts(batch))
         mx.async_eval(loss_sum)
         return PendingStep(int(batch.loss_mask.sum()), loss_sum)
 
@@ -133,6 +135,7 @@ class MLXEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
+        self._streams.together()
         self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
         yield from generate(self._model, self._selection, prompts, sampling)
 
@@ -159,15 +162,16 @@ class MLXEngine:
         adapter = inject(self._model, chosen, lora.r, scaling(lora), lora.lora_dropout)
         return portable_target_modules(chosen, linear, lora), adapter
 
-    def _dropout_key(self, step: int, micro: int) -> list[mx.array]:
-        if not self._dropout:
-            return []
-        digest = hashlib.sha256(f"{self._seed}:{step}:{micro}".encode()).digest()
-        return [mx.random.key(int.from_bytes(digest[:8], "little"))]
-
-
-def _to_device(micro: MicroBatch) -> list[mx.array]:
-    return [mx.array(micro.token_ids), *map(mx.array, supervised_positions(micro))]
+    def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[list[mx.array]]:
+        """Give the arrays of each group of rows: tokens, positions, targets, weights, and a key for dropout."""
+        parts = []
+        for number, rows in enumerate(self._streams.split(micro)):
+            arrays = [mx.array(rows.token_ids), *map(mx.array, supervised_positions(rows))]
+            if dropout_seed is not None:
+                digest = hashlib.sha256(f"{dropout_seed}:{number}".encode()).digest()
+                arrays.append(mx.random.key(int.from_bytes(digest[:8], "little")))
+            parts.append(arrays)
+        return parts
 
 
 def _describe(on_gpu: bool) -> str:

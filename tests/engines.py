@@ -1,5 +1,9 @@
-"""What tests of real engines share: opening one on the CPU with the initial adapter, and a small data set."""
+"""What tests of real engines share: opening one with the initial adapter, and a small data set.
 
+They run on the CPU; TWINTUNE_TEST_DEVICE=gpu runs the same suite on a card.
+"""
+
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +14,12 @@ from common.engine import Engine, TrainState, open_engine
 from common.lora import initial_weights
 
 ENGINES = ("mlx", "torch")
+DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
 
 
 def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **settings: object) -> Engine:
-    """Open an engine on the CPU in float32, unless told otherwise, with the initial adapter of seed 42."""
-    config = TrainConfig(**({"device": "cpu", "dtype": "float32"} | settings), lora=lora or LoraConfig())
+    """Open an engine in float32, unless told otherwise, with the initial adapter of seed 42."""
+    config = TrainConfig(**({"device": DEVICE, "dtype": "float32"} | settings), lora=lora or LoraConfig())
     engine = open_engine(name, config, model, config.lora)
     engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
     return engine

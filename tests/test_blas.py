@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_backend.blas import available_cpus, use_fast_blas
+from mlx_backend.blas import available_cpus, gemm_calls, set_blas_threads, use_fast_blas
 
 mlx_cpu_only = pytest.mark.skipif(
     sys.platform != "linux" or not list(distributions(name="mlx-cpu")),
@@ -162,6 +162,12 @@ def test_a_thread_count_of_the_environment_is_kept(tmp_path: Path) -> None:
 
 
 @mlx_cpu_only
+def test_a_thread_count_can_be_set_later(tmp_path: Path) -> None:
+    later = "from mlx_backend.blas import set_blas_threads; set_blas_threads(1)"
+    assert run_python(f"{USE}\n{later}\n{USE}", tmp_path)[-1].endswith("with 1 threads.")
+
+
+@mlx_cpu_only
 @pytest.mark.parametrize(
     "files, cpus",
     [
@@ -183,7 +189,11 @@ def test_threads_follow_the_containers_quota(files: dict[str, str], cpus: int | 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # Linux alone has it
     assert use_fast_blas() == ""
+    set_blas_threads(1)
+    assert gemm_calls() is None
+    assert available_cpus() == os.cpu_count()
 
 
 @mlx_cpu_only

@@ -1,0 +1,48 @@
+"""How a CPU's cores share a step: one MLX stream each, with rows of their own and single-threaded matmuls.
+
+MLX's CPU streams run elementwise work on one thread, nearly half of a step's time; side by side, one stream's
+elementwise work hides behind the other's matmuls. A GPU has one stream, and this file does nothing there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import mlx.core as mx
+
+from common.batches import split_by_length
+from common.engine import MicroBatch
+from mlx_backend.blas import available_cpus, set_blas_threads
+
+PARTS_PER_STREAM = 2  # more would trim more padding, and make the matmuls small
+
+
+class Streams:
+    """Deal the rows of a micro-batch out to the device's streams."""
+
+    def __init__(self, device: mx.Device) -> None:
+        """Make a stream for each core of a CPU, or take a GPU's own."""
+        self._on_cpu = device.type == mx.cpu
+        count = available_cpus() if self._on_cpu else 1
+        self._streams = [mx.new_stream(device) for _ in range(count)] if count > 1 else [mx.default_stream(device)]
+
+    def split(self, micro: MicroBatch) -> list[MicroBatch]:
+        """Split a micro-batch into the groups of rows that `sum` will compute side by side."""
+        set_blas_threads(1 if len(self._streams) > 1 else available_cpus())
+        return split_by_length(micro, PARTS_PER_STREAM * len(self._streams)) if self._on_cpu else [micro]
+
+    def sum(self, function: Callable[..., mx.array], parts: Sequence[Sequence[mx.array]]) -> mx.array:
+        """Add up function(*part) over the parts, short and long ones evenly among the streams."""
+        there_and_back = itertools.cycle([*self._streams, *reversed(self._streams)])
+        totals = []
+        for stream, part in zip(there_and_back, parts, strict=False):
+            with mx.stream(stream):
+                totals.append(function(*part))
+        return reduce(operator.add, totals)
+
+    def together(self) -> None:
+        """Give matmuls all cores again, for work that can't be dealt out."""
+        set_blas_threads(available_cpus())

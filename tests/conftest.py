@@ -1,0 +1,74 @@
+"""Fixtures of the whole suite: the fast BLAS first, tiny models once a session."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from common.weights import rope_in_both_forms
+from mlx_backend.blas import use_fast_blas
+
+ROOT = Path(__file__).parent.parent
+
+use_fast_blas()  # before anything imports mlx.core
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a head of its own, see tiny_models.py."""
+    from tiny_models import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with tied embeddings."""
+    from tiny_models import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("tied"), tied=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, its theta of 50000 written in the old and in the new form, as our own conversion does."""
+    from tiny_models import write_llama
+
+    directory = write_llama(tmp_path_factory.mktemp("tiny"))
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | rope_in_both_forms(config), indent=2), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cli_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a first user: nothing of the Hub's set, an empty cache, no terminal."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TWINTUNE"))}
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return kept | {"PYTHONPATH": str(ROOT), "HF_HOME": cache, "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="session")
+def cli(cli_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m common.cli` with some arguments in a process of its own; returns how it ended."""
+
+    def run(
+        *arguments: object, cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "common.cli", *map(str, arguments)],
+            cwd=cwd,
+            env=cli_environment | dict(env or {}),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

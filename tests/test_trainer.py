@@ -1,0 +1,505 @@
+"""The training loop on an engine in NumPy: what happens in which order, and that a resume is exact to the bit."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_engine import FakeEngine
+
+from common.adapter import peft_config
+from common.batches import BatchPlan, TokenDataset, build_dataset, chain_hash
+from common.checkpoint import AdapterFiles, load_checkpoint
+from common.config import DataConfig, LoraConfig, TrainConfig
+from common.engine import TrainState
+from common.errors import UserError
+from common.lora import initial_weights
+from common.metrics import MetricsLog, read_metrics
+from common.run import Identity, RunFolder
+from common.signals import StopRequest, stop_on_signals
+from common.trainer import Progress, Trainer, mean_loss
+
+KEYS = {
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "supervised_tokens",
+    "peak_memory_bytes",
+}
+
+
+def examples(count: int, seed: int = 0, longest: int = 9) -> TokenDataset:
+    random = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(random.integers(2, longest + 1))
+        mask = [False, *(random.random(length - 1) < 0.6).tolist()]
+        mask[-1] = True
+        rows.append((random.integers(1, 16, length).tolist(), mask, f"data.jsonl:{number + 1}"))
+    return build_dataset(rows)
+
+
+class NoteReporter:
+    """Note what a person would be shown."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.rows: list[dict] = []
+        self.lines: list[str] = []
+        self.shown: list[tuple] = []
+
+    def begin(self, done: int, total: int) -> None:
+        self.shown.append(("begin", done, total))
+
+    def advance(self, step: int) -> None:
+        self.steps.append(step)
+
+    def row(self, metrics) -> None:
+        self.rows.append(dict(metrics))
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def end(self) -> None:
+        self.shown.append(("end",))
+
+
+class Run:
+    """Put a Trainer together in a folder, as common.launch does, with an engine in NumPy."""
+
+    def __init__(self, folder: Path, data: TokenDataset | None = None, broken=(), **settings) -> None:
+        settings = {"num_train_epochs": 2.0, "learning_rate": 0.05, "per_device_train_batch_size": 2} | settings
+        self.config = TrainConfig(
+            output_dir=str(folder), data=DataConfig(validation="v"), lora=LoraConfig(r=2, lora_alpha=4), **settings
+        )
+        self.data = data or examples(11)
+        self.engine = FakeEngine(self.config, broken_steps=frozenset(broken))
+        self.plan = BatchPlan(
+            self.data,
+            self.config.per_device_train_batch_size,
+            self.config.gradient_accumulation_steps,
+            self.config.seed,
+            self.config.num_train_epochs,
+            self.config.max_steps,
+        )
+        self.validation = examples(5, seed=9)
+        self.reporter, self.stop, self.saved = NoteReporter(), StopRequest(), []
+        self.folder = RunFolder(self.config, Identity("d", "b"), adapter_files(), self.plan.total_steps)
+
+    def save(self, progress: Progress) -> None:
+        self.engine.calls.append(f"save {progress.step}")
+        self.saved.append(progress.step)
+        self.folder.save(self.engine, progress)
+
+    def train(self, resume: bool = False) -> bool:
+        start = self.folder.find_start("auto" if resume else None, False, [])
+        fresh = TrainState.fresh(initial_weights(self.engine.adapter_shapes(), self.config.seed))
+        self.engine.load_state(start.state or fresh)
+        log = MetricsLog(self.folder.path / "metrics.jsonl", start.progress.step)
+        arguments = (self.config, self.engine, self.plan, self.validation, log, self.reporter, self.save, self.stop)
+        self.trainer = Trainer(*arguments)
+        return self.trainer.run(start.progress)
+
+    @property
+    def rows(self) -> list[dict]:
+        return read_metrics(self.folder.path / "metrics.jsonl")
+
+    @property
+    def logged(self) -> list[int]:
+        return [row["step"] for row in self.rows]
+
+    @property
+    def evaluated(self) -> list[int]:
+        return [row["step"] for row in self.rows if "eval_loss" in row]
+
+
+def adapter_files() -> AdapterFiles:
+    return AdapterFiles(peft_config(LoraConfig(r=2, lora_alpha=4), ["proj"], "base", None))
+
+
+def states_equal(one: TrainState, other: TrainState) -> bool:
+    pairs = zip((one.weights, one.moment1, one.moment2), (other.weights, other.moment1, other.moment2), strict=True)
+    equal = all(left[key].tobytes() == right[key].tobytes() for left, right in pairs for key in left)
+    return equal and one.update_count == other.update_count
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+
+
+# ---- the order of things
+
+
+def test_each_step_is_launched_before_the_one_before_it_is_fetched(tmp_path):
+    run = Run(tmp_path, save_strategy="no", num_train_epochs=1.0)
+    assert run.train() is True
+    assert run.plan.total_steps == 6
+    assert run.engine.calls == [
+        "load_state",
+        "train 1",
+        *(call for n in range(2, 7) for call in (f"train {n}", f"fetch train {n - 1}")),
+        "fetch train 6",
+    ]
+
+
+def test_step_under_way_is_fetched_before_a_checkpoint_and_the_next_launched_after_it(tmp_path):
+    run = Run(tmp_path, save_steps=2, num_train_epochs=1.0)
+    run.train()  # FakeEngine refuses to be read while a step is under way
+    assert run.engine.calls[1:9] == [
+        "train 1",
+        "train 2",
+        "fetch train 1",
+        "fetch train 2",
+        "save 2",
+        "read_state",
+        "train 3",
+        "train 4",
+    ]
+
+
+def test_evaluation_comes_before_the_checkpoint_of_its_step_and_with_no_step_under_way(tmp_path):
+    run = Run(tmp_path, save_steps=3, eval_strategy="steps", eval_steps=3, num_train_epochs=1.0)
+    run.train()
+    calls = run.engine.calls
+    assert calls.index("fetch train 3") < calls.index("eval") < calls.index("save 3") < calls.index("train 4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "logged", "evaluated", "saved"),
+    [
+        (dict(logging_steps=1, save_strategy="no"), range(1, 13), [], []),
+        (dict(logging_steps=5, save_steps=4), [1, 5, 10, 12], [], [4, 8, 12]),
+        (dict(logging_steps=5, save_steps=5), [1, 5, 10, 12], [], [5, 10, 12]),
+        (dict(logging_steps=100, save_steps=100), [1, 12], [], [12]),
+        (dict(logging_steps=100, save_strategy="epoch"), [1, 12], [], [6, 12]),
+        (dict(logging_steps=100, eval_strategy="epoch", save_steps=100), [1, 6, 12], [6, 12], [12]),
+        (
+            dict(logging_steps=4, eval_strategy="steps", eval_steps=5, save_steps=5),
+            [1, 4, 5, 8, 10, 12],
+            [5, 10, 12],
+            [5, 10, 12],
+        ),
+        (dict(logging_steps=3, eval_strategy="steps", save_strategy="no"), [1, 3, 6, 9, 12], [3, 6, 9, 12], []),
+    ],
+)
+def test_logging_evaluation_and_checkpoints_come_at_their_steps_and_at_the_last(
+    tmp_path, settings, logged, evaluated, saved
+):
+    run = Run(tmp_path, **settings)
+    assert run.train() is True and run.plan.total_steps == 12
+    assert run.logged == list(logged)
+    assert run.evaluated == evaluated
+    assert run.saved == saved
+
+
+def test_a_fractional_epoch_ends_with_a_row_and_a_checkpoint(tmp_path):
+    run = Run(tmp_path, num_train_epochs=1.5, save_strategy="epoch", eval_strategy="epoch", logging_steps=100)
+    run.train()
+    assert (run.plan.total_steps, run.saved, run.evaluated) == (9, [6, 9], [6, 9])
+    assert run.rows[-1]["epoch"] == 1.5
+
+
+def test_reporter_is_told_every_step_once_and_always_the_end(tmp_path):
+    run = Run(tmp_path, save_steps=4)
+    run.train()
+    assert run.reporter.steps == list(range(1, 13))
+    assert run.reporter.shown == [("begin", 0, 12), ("end",)]
+    assert run.reporter.rows == run.rows
+    failing = Run(tmp_path / "failing", broken=[3])
+    with pytest.raises(UserError):
+        failing.train()
+    assert failing.reporter.shown[-1] == ("end",)
+
+
+# ---- the numbers
+
+
+def test_rows_have_the_keys_of_the_contract_and_only_json(tmp_path):
+    run = Run(tmp_path, eval_strategy="steps", eval_steps=5, broken=[4], max_nonfinite_steps=1, logging_steps=2)
+    run.train()
+    for row in run.rows:
+        assert row.keys() == KEYS | ({"eval_loss"} if row["step"] in (5, 10, 12) else set())
+    text = (tmp_path / "metrics.jsonl").read_text()
+    for line in text.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_rows_give_the_loss_a_token_since_the_row_before(tmp_path):
+    each, third = Run(tmp_path / "each"), Run(tmp_path / "third", logging_steps=3)
+    each.train(), third.train()
+    tokens = [each.plan.step_batch(step).num_loss_tokens for step in range(1, 13)]
+    sums = [row["loss"] * count for row, count in zip(each.rows, tokens, strict=True)]
+    for row, (first, last) in zip(third.rows, [(0, 1), (1, 3), (3, 6), (6, 9), (9, 12)], strict=True):
+        # The same sums, multiplied and divided once more.
+        assert row["loss"] == pytest.approx(sum(sums[first:last]) / sum(tokens[first:last]), rel=1e-12)
+        assert row["supervised_tokens"] == sum(tokens[:last])
+        assert row["peak_memory_bytes"] == 2000
+
+
+def test_rows_give_the_learning_rate_of_their_own_step(tmp_path):
+    run = Run(tmp_path, warmup_steps=4, lr_scheduler_type="linear", save_steps=5)
+    run.train()
+    expected = [0.05 * n / 4 for n in range(4)] + [0.05 * (1 - n / 8) for n in range(8)]
+    # One product and one quotient in another order.
+    assert [row["learning_rate"] for row in run.rows] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    run = Run(tmp_path, num_train_epochs=40.0, lr_scheduler_type="constant", eval_strategy="epoch", save_strategy="no")
+    run.train()
+    assert np.mean([row["loss"] for row in run.rows[-6:]]) < 0.8 * np.mean([row["loss"] for row in run.rows[:6]])
+
+
+def test_gradient_accumulation_weighs_tokens_not_micro_batches(tmp_path):
+    # AdamW hides a factor of the gradient, clipping and the norm don't: max_grad_norm is far below the norm.
+    settings = dict(max_grad_norm=0.1, num_train_epochs=2.0, save_strategy="no")
+    whole = Run(tmp_path / "a", per_device_train_batch_size=4, **settings)
+    parts = Run(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    whole.train(), parts.train()
+    assert whole.plan.total_steps == parts.plan.total_steps == 6
+    for one, other in zip(whole.rows, parts.rows, strict=True):
+        # Float64 sums in another order, weights rounded to float32 at each of six steps.
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_the_short_last_step_of_an_epoch_counts_its_own_tokens(tmp_path):
+    run = Run(tmp_path, per_device_train_batch_size=4, num_train_epochs=1.0)
+    run.train()
+    last = run.plan.step_batch(3)
+    assert len(last.examples) == 3
+    assert run.rows[-1]["supervised_tokens"] == run.data.loss_mask.sum()
+    before = Run(tmp_path / "before", per_device_train_batch_size=4, max_steps=2, lr_scheduler_type="constant")
+    same = Run(tmp_path / "same", per_device_train_batch_size=4, num_train_epochs=1.0, lr_scheduler_type="constant")
+    before.train(), same.train()
+    rows = build_dataset([(run.data.tokens(i).tolist(), run.data.mask(i).tolist(), "x") for i in last.examples])
+    # The loss of the third step is the mean over its three examples with the weights after two steps; two batchings
+    # of one sum in float64.
+    assert same.rows[-1]["loss"] == pytest.approx(mean_loss(before.engine, rows, 8), rel=1e-12)
+
+
+def test_evaluation_uses_the_weights_after_its_step(tmp_path):
+    run = Run(tmp_path, eval_strategy="steps", eval_steps=4, save_steps=4, per_device_eval_batch_size=2)
+    run.train()
+    for row in (row for row in run.rows if "eval_loss" in row):
+        checkpoint = tmp_path / f"checkpoint-{row['step']}"
+        run.engine.load_state(load_checkpoint(checkpoint)[0])
+        assert row["eval_loss"] == mean_loss(run.engine, run.validation, 2)
+
+
+def test_evaluation_changes_nothing(tmp_path):
+    without = Run(tmp_path / "a", save_strategy="no")
+    every = Run(tmp_path / "b", save_strategy="no", eval_strategy="steps", eval_steps=1)
+    without.train(), every.train()
+    assert states_equal(without.engine.read_state(), every.engine.read_state())
+
+
+@pytest.mark.parametrize("computes_in", ["train_step", "fetch"])
+def test_speed_is_that_of_training_without_saving_and_evaluating(tmp_path, monkeypatch, computes_in):
+    run = Run(tmp_path, save_steps=2, logging_steps=3, eval_strategy="steps", eval_steps=4)
+    now = [0.0]
+    monkeypatch.setattr("common.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(function, seconds: float, only: str = ""):
+        def wrapper(*arguments):
+            now[0] += seconds if only in str(arguments[0]) else 0
+            return function(*arguments)
+
+        return wrapper
+
+    setattr(
+        run.engine, computes_in, slow(getattr(run.engine, computes_in), 2.0, only="train" * (computes_in == "fetch"))
+    )
+    run.engine.eval_step = slow(run.engine.eval_step, 500.0)
+    run.save = slow(run.save, 1000.0)
+    run.train()
+    assert run.logged == [1, 3, 4, 6, 8, 9, 12]
+    for previous, row in zip([0, *run.logged], run.rows, strict=False):
+        batches = [run.plan.step_batch(step) for step in range(previous + 1, row["step"] + 1)]
+        # Times are whole seconds: exact in floats.
+        assert row["tokens_per_second"] == sum(batch.num_tokens for batch in batches) / (2.0 * len(batches))
+
+
+# ---- stop and resume
+
+
+def test_a_stop_request_saves_and_ends_the_run(tmp_path):
+    run = Run(tmp_path, save_steps=100)
+    launch = run.engine.train_step
+
+    def stop_at_five(batch, rate):
+        if batch.step == 5:
+            run.stop.signal_name = "SIGTERM"
+        return launch(batch, rate)
+
+    run.engine.train_step = stop_at_five
+    assert run.train() is False
+    assert run.saved == [5] and run.trainer.progress.step == 5
+    assert run.engine.calls[-3:] == ["fetch train 5", "save 5", "read_state"]
+
+
+def test_a_stop_request_at_a_checkpoint_saves_once(tmp_path):
+    run = Run(tmp_path, save_steps=1)
+    run.stop.signal_name = "SIGINT"
+    assert run.train() is False
+    assert run.saved == [1]
+
+
+@pytest.mark.parametrize("stopped_at", range(1, 12))
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stopped_at, accumulation):
+    settings = dict(
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2.0 * accumulation,
+        lr_scheduler_type="cosine",
+        warmup_steps=3,
+        weight_decay=0.1,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=1000,
+    )
+    whole = Run(tmp_path / "whole", **settings)
+    assert whole.train() is True
+    assert whole.plan.total_steps >= 12
+
+    first = Run(tmp_path / "parts", **settings)
+    launch = first.engine.train_step
+
+    def stopping(batch, rate):
+        if batch.step == stopped_at:
+            first.stop.signal_name = "SIGINT"
+        return launch(batch, rate)
+
+    first.engine.train_step = stopping
+    assert first.train() is False
+    second = Run(tmp_path / "parts", **settings)
+    assert second.train(resume=True) is True
+
+    assert second.engine.calls[1] == f"train {stopped_at + 1}"
+    assert states_equal(second.engine.read_state(), whole.engine.read_state())
+    assert second.trainer.progress == whole.trainer.progress
+    assert untimed(second.rows) == untimed(whole.rows)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_without_a_row_twice(tmp_path):
+    whole = Run(tmp_path / "whole", save_steps=4)
+    whole.train()
+    first = Run(tmp_path / "parts", save_steps=4)
+    launch = first.engine.train_step
+
+    def killed(batch, rate):
+        if batch.step == 8:
+            raise KeyboardInterrupt
+        return launch(batch, rate)
+
+    first.engine.train_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert first.logged == [1, 2, 3, 4, 5, 6]
+    second = Run(tmp_path / "parts", save_steps=4)
+    assert second.train(resume=True) is True
+    assert second.logged == list(range(1, 13))
+    assert untimed(second.rows) == untimed(whole.rows)
+    assert states_equal(second.engine.read_state(), whole.engine.read_state())
+
+
+def test_batch_hash_is_that_of_all_batches_in_order(tmp_path):
+    run = Run(tmp_path, save_strategy="no")
+    run.train()
+    expected = ""
+    for step in range(1, 13):
+        expected = chain_hash(expected, run.plan.step_batch(step))
+    assert run.trainer.progress.batch_hash == expected
+
+
+def test_a_finished_run_has_nothing_left_to_train(tmp_path):
+    Run(tmp_path).train()
+    again = Run(tmp_path)
+    assert again.train(resume=True) is True
+    assert again.engine.calls == ["load_state"] and again.saved == []
+    assert again.logged == list(range(1, 13))
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stop_on_signals() as stop:
+        assert stop.signal_name is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# ---- steps that are not finite
+
+
+def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_and_says_why(tmp_path):
+    run = Run(tmp_path, broken=[5], save_steps=100)
+    with pytest.raises(UserError) as caught:
+        run.train()
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("step 5: loss ") and "gradient norm nan: the update was skipped and the run" in lines[0]
+    sources = [run.data.sources[row] for row in run.plan.step_batch(5).examples]
+    assert lines[1] == f"examples of that step: {', '.join(sources)}"
+    assert "lower learning_rate" in lines[2]
+    assert run.saved == [6]  # step 6 was under way when step 5 was fetched
+
+
+def test_the_first_bad_step_is_told_though_the_one_under_way_is_bad_too(tmp_path):
+    run = Run(tmp_path, broken=range(5, 100), save_steps=100)
+    with pytest.raises(UserError, match=r"^step 5: "):
+        run.train()
+    assert run.trainer.progress.nonfinite_steps == 2
+    good = Run(tmp_path / "good", max_steps=4, save_strategy="no", lr_scheduler_type="constant")
+    bad = Run(tmp_path / "bad", broken=range(5, 100), lr_scheduler_type="constant")
+    good.train()
+    with pytest.raises(UserError):
+        bad.train()
+    assert states_equal(bad.engine.read_state(), good.engine.read_state())
+
+
+def test_a_bad_step_at_a_checkpoint_or_the_last_step_stops_the_run_too(tmp_path):
+    for step in (4, 12):
+        run = Run(tmp_path / str(step), broken=[step], save_steps=4)
+        with pytest.raises(UserError, match=f"^step {step}: "):
+            run.train()
+        assert run.saved[-1] == step
+
+
+def test_bad_steps_are_skipped_and_counted_up_to_the_limit(tmp_path):
+    run = Run(tmp_path, broken=[2, 7], max_nonfinite_steps=2)
+    assert run.train() is True
+    assert run.trainer.progress.nonfinite_steps == 2
+    assert run.engine.read_state().update_count == 10
+    assert [line.split(":")[0] for line in run.reporter.lines] == ["step 2", "step 7"]
+    assert run.trainer.progress.supervised_tokens == 2 * run.data.loss_mask.sum()
+    assert all(math.isfinite(row["loss"]) for row in run.rows)
+
+
+def test_bad_steps_are_counted_across_a_resume(tmp_path):
+    first = Run(tmp_path, broken=[2], max_nonfinite_steps=1, max_steps=4)
+    assert first.train() is True
+    second = Run(tmp_path, broken=[2, 7], max_nonfinite_steps=1)
+    with pytest.raises(UserError, match=r"^step 7: "):
+        second.train(resume=True)
+
+
+def test_a_run_goes_on_past_the_step_that_stopped_it(tmp_path):
+    settings = dict(save_steps=100)
+    with pytest.raises(UserError):
+        Run(tmp_path, broken=[5], **settings).train()
+    again = Run(tmp_path, broken=[5], **settings)
+    assert again.train(resume=True) is True
+    assert again.engine.calls[1] == "train 7"
+    skipped = Run(tmp_path / "skipped", broken=[5], max_nonfinite_steps=1, **settings)
+    skipped.train()
+    assert states_equal(again.engine.read_state(), skipped.engine.read_state())
+    assert again.trainer.progress == skipped.trainer.progress
