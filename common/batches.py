@@ -13,10 +13,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.engine import Array, MicroBatch, StepBatch
+
+if TYPE_CHECKING:
+    from common.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,18 @@ class BatchPlan:
     seed: int
     num_train_epochs: float
     max_steps: int = -1
+
+    @classmethod
+    def of(cls, data: TokenDataset, config: TrainConfig) -> BatchPlan:
+        """Plan the run that a config describes."""
+        return cls(
+            data,
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

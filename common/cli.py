@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,7 +68,8 @@ def train(
 
     from common import launch
 
-    launch.train(_load(config, engine, device, overrides), str(config), resume, allow_changed, Console())
+    request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]))
+    launch.train(_load(config, engine, device, overrides), request, Console())
 
 
 @app.command(epilog="Example: twintune evaluate --config configs/quickstart.yaml --adapter outputs/quickstart/final")
@@ -189,6 +191,15 @@ def _load(config: Path, engine: str | None, device: str | None, overrides: list[
 
     options = {"engine": engine, "device": device}
     return load_config(config, [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value)])
+
+
+def _resume_command(arguments: list[str]) -> str:
+    """Return the command that was given, asking for the newest checkpoint."""
+    completed = _with_bare_resume(arguments)
+    if "--resume" in completed:
+        at = completed.index("--resume")
+        del completed[at : at + 2]
+    return shlex.join(["twintune", *completed, "--resume"])
 
 
 def _with_bare_resume(arguments: list[str]) -> list[str]:

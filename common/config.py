@@ -339,15 +339,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return validated(TrainConfig, apply_overrides(str(path), read_config_file(path), overrides, groups))
 
 
-def require_trainable(config: TrainConfig, source: str | Path) -> None:
-    """Raise UserError that lists what a training run lacks, which a config may leave out otherwise."""
+def require_trainable(config: TrainConfig, source: str | Path) -> str:
+    """Return the name of the base; raises UserError that lists what a training run lacks, as a config may."""
     lines = []
     if not config.model_name_or_path:
         lines.append("model_name_or_path: missing; add the base to train, e.g. meta-llama/Llama-3.2-3B-Instruct")
     if not config.data.train:
         lines.append("data.train: missing; add the file of examples, e.g. data/train.jsonl")
-    if lines:
+    if lines or not config.model_name_or_path:
         raise UserError("\n".join(f"{source}: {line}" for line in lines))
+    return config.model_name_or_path
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

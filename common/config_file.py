@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ def _yaml_loader() -> Any:
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (drops YAML 1.1's rules for this class only)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-            mapping: dict[str, Any] = {}
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            mapping: dict[Hashable, Any] = {}
             for key_node, value_node in node.value:
                 key, at = key_node.value, key_node.start_mark
                 if not isinstance(key_node, yaml.ScalarNode):

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -48,15 +49,25 @@ class TestSet:
     questions: list[Question]
 
 
-def train(config: TrainConfig, source: str, resume: str | None, allow_changed: bool, console: Console) -> None:
+@dataclass(frozen=True)
+class Request:
+    """Hold what the command line asked of a training run beside the config."""
+
+    source: str  # the config's file, for messages
+    resume: str | None = None  # "auto", a checkpoint's folder, or None to start afresh
+    allow_changed: bool = False
+    resume_command: str = ""  # what continues this run, to be shown when it is interrupted
+
+
+def train(config: TrainConfig, request: Request, console: Console) -> None:
     """Train as the config says, write the run's folder, and end with base and adapter side by side.
 
     Raises Interrupted once a signal stopped the run and its checkpoint is saved.
     """
-    require_trainable(config, source)
-    refuse_other_run(config, resume, allow_changed)
+    base = require_trainable(config, request.source)
+    refuse_other_run(config, request.resume, request.allow_changed)
     name = choose_engine(config.engine)
-    model_dir = resolve_model(config.model_name_or_path, config.revision)
+    model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
     data = _read_data("training", config.data.train, config, tokenizer, console)[0]
     validation = (
@@ -65,16 +76,9 @@ def train(config: TrainConfig, source: str, resume: str | None, allow_changed: b
         else None
     )
     test = _read_test(config.data.test, config, tokenizer, console) if config.data.test else None
-    plan = BatchPlan(
-        data,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.seed,
-        config.num_train_epochs,
-        config.max_steps,
-    )
+    plan = BatchPlan.of(data, config)
     engine = _open(name, config, model_dir, console)
-    adapter = peft_config(config.lora, engine.target_modules(), config.model_name_or_path, config.revision)
+    adapter = peft_config(config.lora, engine.target_modules(), base, config.revision)
     folder = RunFolder(
         config,
         Identity(data.fingerprint(), fingerprint(model_dir)),
@@ -82,14 +86,14 @@ def train(config: TrainConfig, source: str, resume: str | None, allow_changed: b
         plan.total_steps,
     )
     fresh = initial_weights(engine.adapter_shapes(), config.seed)
-    start = _start(folder, resume, allow_changed, fresh, engine, console)
+    start = _start(folder, request, fresh, engine, console)
     if folder.is_finished(start):
         say(
             console,
             f"This run is finished: {folder.final} holds its adapter. Delete {folder.path} to train again.",
         )
     else:
-        _train(config, source, engine, plan, validation, folder, start, console)
+        _train(config, request, engine, plan, validation, folder, start, console)
     if test:
         _compare(engine, config, test, tokenizer, TrainState.fresh(fresh), console)
     say(console, f"The adapter is in {folder.final}")
@@ -98,17 +102,18 @@ def train(config: TrainConfig, source: str, resume: str | None, allow_changed: b
 
 def evaluate_adapter(
     config: TrainConfig, adapter: Path | None, data: Sequence[str], console: Console
-) -> dict[str, Mapping[str, float]]:
+) -> Mapping[str, Mapping[str, float]]:
     """Score the base and, where there is one, an adapter on a file; returns {"base": scores, "adapter": scores}."""
     paths = data or config.data.test or config.data.validation
-    if not config.model_name_or_path or not paths:
+    base = config.model_name_or_path
+    if not base or not paths:
         raise UserError("evaluate needs model_name_or_path and data.test in the config, or --data FILE")
     if adapter is None and (Path(config.output_dir) / "final").is_dir():
         adapter = Path(config.output_dir) / "final"
     name = choose_engine(config.engine)
     lora = lora_of(read_adapter_config(adapter), adapter) if adapter else config.lora
     config = config.model_copy(update={"lora": lora})
-    model_dir = resolve_model(config.model_name_or_path, config.revision)
+    model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
     test = _read_test(paths, config, tokenizer, console)
     engine = _open(name, config, model_dir, console)
@@ -131,7 +136,7 @@ def load_adapter(engine: Engine, directory: Path) -> dict[str, Array]:
 
 def _train(
     config: TrainConfig,
-    source: str,
+    request: Request,
     engine: Engine,
     plan: BatchPlan,
     validation: TokenDataset | None,
@@ -145,23 +150,15 @@ def _train(
     log = MetricsLog(folder.path / "metrics.jsonl", start.progress.step)
     began, first = time.monotonic(), start.progress.step
     with stop_on_signals() as stop:
-        trainer = Trainer(
-            config,
-            engine,
-            plan,
-            validation,
-            log,
-            reporter,
-            lambda progress: folder.save(engine, progress) and None,
-            stop,
-        )
+        save = partial(folder.save, engine)
+        trainer = Trainer(config, engine, plan, validation, log, reporter, save, stop)
         finished = trainer.run(start.progress)
     progress = trainer.progress
     done = progress.step - first
     if not finished:
         raise Interrupted(
             f"stopped by {stop.signal_name} after step {progress.step} of {plan.total_steps}; everything is saved. "
-            f"Continue with:\n  twintune train --config {source} --resume {folder.path / f'checkpoint-{progress.step}'}"
+            f"Continue with:\n  {request.resume_command}"
         )
     folder.write_final(engine.read_state(), model_card(config, engine, progress, folder.path / "metrics.jsonl"))
     reporter.say(
@@ -170,17 +167,10 @@ def _train(
     )
 
 
-def _start(
-    folder: RunFolder,
-    resume: str | None,
-    allow_changed: bool,
-    fresh: Mapping[str, Array],
-    engine: Engine,
-    console: Console,
-) -> Start:
+def _start(folder: RunFolder, request: Request, fresh: Mapping[str, Array], engine: Engine, console: Console) -> Start:
     """Load the state the run starts from into the engine, and say where that is."""
     notes: list[str] = []
-    start = folder.find_start(resume, allow_changed, notes)
+    start = folder.find_start(request.resume, request.allow_changed, notes)
     for note in notes:
         say(console, note)
     if start.state is None:
@@ -247,7 +237,7 @@ def _compare(
     tokenizer: ChatTokenizer,
     base: TrainState,
     console: Console,
-) -> dict[str, Mapping[str, float]]:
+) -> Mapping[str, Mapping[str, float]]:
     """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both."""
     tuned = _evaluate("adapter", engine, config, test, tokenizer, console)
     engine.load_state(base)

@@ -66,7 +66,7 @@ class Trainer:
         validation: TokenDataset | None,
         log: MetricsLog,
         reporter: Reporter,
-        save: Callable[[Progress], None],
+        save: Callable[[Progress], object],
         stop: StopRequest,
     ) -> None:
         """Take everything a run needs; `save` writes a checkpoint of a moment when no step is under way."""
@@ -145,7 +145,7 @@ class Trainer:
             "supervised_tokens": self.progress.supervised_tokens,
             "peak_memory_bytes": self._engine.memory().peak_bytes,
         }
-        if self._evaluation_due(batch.step):
+        if self._validation is not None and self._evaluation_due(batch.step):
             row["eval_loss"] = mean_loss(self._engine, self._validation, self._config.per_device_eval_batch_size)
         self._log.append(row)
         self._reporter.row(row)

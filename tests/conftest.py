@@ -50,7 +50,14 @@ def cli_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a first user: nothing of the Hub's set, an empty cache, no terminal."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TWINTUNE"))}
     cache = str(tmp_path_factory.mktemp("cache"))
-    return kept | {"PYTHONPATH": str(ROOT), "HF_HOME": cache, "COLUMNS": "200", "NO_COLOR": "1"}
+    # One thread: on busy cores two wait for each other at every tiny operation, and a run takes ten times as long.
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": cache,
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="session")

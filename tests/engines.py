@@ -14,6 +14,8 @@ from common.engine import Engine, TrainState, open_engine
 from common.lora import initial_weights
 
 ENGINES = ("mlx", "torch")
+# MLX multiplies float32 in TensorFloat-32 on CUDA unless told not to; the tests compare with exact float32.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
 
 

@@ -33,7 +33,9 @@ def train(engine: Engine, plan: BatchPlan, steps: int, peak: float = 5e-3) -> tu
     return losses, digest
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(r=4, lora_alpha=12, use_rslora=True)], ids=["lora", "rslora"])
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(), LoraConfig(r=4, lora_alpha=12, use_rslora=True)], ids=["lora", "rslora"]
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_twenty_steps_agree_between_the_engines(tied: bool, lora: LoraConfig, llama: Path, tied_llama: Path) -> None:
     directory = tied_llama if tied else llama

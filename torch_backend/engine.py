@@ -27,7 +27,7 @@ from torch_backend.model import checkpoint_layers, choose_device, load_base, sel
 from torch_backend.step import LOSS_SCALE, Moments, adamw_update
 
 # Groups of rows that a CPU computes one after the other, each cut to its own length. Measured on the quickstart.
-PARTS_ON_CPU = 4
+PARTS_ON_CPU = 2
 
 
 @dataclass(frozen=True)
