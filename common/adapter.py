@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
@@ -120,8 +121,9 @@ def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
     )
     try:
         return LoraConfig(**{key: config[key] for key in keys if config.get(key) is not None})
-    except ValueError as error:
-        raise UserError(f"{source / CONFIG_NAME}: {error}") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise UserError(f"{source / CONFIG_NAME}: {problems}") from None
 
 
 def check_adapter(

@@ -109,7 +109,7 @@ def split_by_length(batch: MicroBatch, parts: int) -> list[MicroBatch]:
     """Split a micro-batch into groups of rows of like length, each cut to its own longest row.
 
     The sums over the groups are those over the whole; what is saved is padding, a fifth of the tokens of short
-    examples. It pays on CPUs, where many small launches cost nothing.
+    examples. MLX computes the groups side by side on a CPU.
     """
     lengths = (batch.segment_ids > 0).sum(axis=1)
     groups = np.array_split(np.argsort(lengths, kind="stable"), min(parts, len(lengths)))

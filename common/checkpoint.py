@@ -87,7 +87,10 @@ def load_checkpoint(directory: Path) -> tuple[TrainState, TrainerState]:
     problem = damage(directory)
     if problem:
         raise UserError(f"{directory}: damaged: {problem}; resume from an earlier checkpoint")
-    trainer = TrainerState(**json.loads((directory / STATE_NAME).read_text(encoding="utf-8")))
+    try:
+        trainer = TrainerState(**json.loads((directory / STATE_NAME).read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise UserError(f"{directory / STATE_NAME}: of another version of twintune ({error})") from None
     moments = load_file(directory / OPTIMIZER_NAME)
     weights = load_file(directory / WEIGHTS_NAME)
     first, second = ({key: moments[f"{name}.{key}"] for key in weights} for name in ("moment1", "moment2"))

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,11 +31,11 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. lora.r=8; repeatable."),
 ]
 EngineOption = Annotated[
-    str | None, typer.Option("--engine", metavar="auto|mlx|torch", help="What computes.", show_default=False)
+    Literal["auto", "mlx", "torch"] | None, typer.Option("--engine", help="What computes.", show_default=False)
 ]
 DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="auto|cuda|mps|cpu|gpu", help="Where it computes.", show_default=False),
+    Literal["auto", "cuda", "mps", "cpu", "gpu"] | None,
+    typer.Option("--device", help="Where it computes.", show_default=False),
 ]
 AdapterOption = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter folder.")]
 ModelOption = Annotated[
@@ -151,6 +151,21 @@ def preview(
     from common.preview import preview_data
 
     preview_data(_load(config, None, None, overrides), number, as_json)
+
+
+@app.command(epilog="Example: twintune bench --config configs/quickstart.yaml --engine torch --steps 8")
+def bench(
+    config: ConfigOption,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to time.")] = 8,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Time training steps on this machine; nothing is saved."""
+    from common.bench import bench as run_bench
+
+    run_bench(_load(config, engine, device, overrides), str(config), steps, as_json)
 
 
 @app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")

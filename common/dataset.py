@@ -50,11 +50,12 @@ def load_dataset(
     for example in examples:
         try:
             encoded = tokenizer.encode(example, config.data.train_on)
+            pieces = list(_fit(encoded, config, report))
         except RecordError as error:
             errors.append(f"{example.source}: {error}")
             continue
         kept.append(example)
-        for piece in _fit(encoded, config, report, example.source):
+        for piece in pieces:
             if any(piece.loss_mask[1:]):
                 rows.append((piece.token_ids, piece.loss_mask, example.source))
             else:
@@ -63,22 +64,24 @@ def load_dataset(
         raise UserError(summarise(errors) + "\nmend them, or leave them out with data.on_error: skip")
     report.skipped.extend(errors)
     if not rows:
-        raise UserError(f"{paths}: no example with a supervised token is left; see `twintune preview`")
+        raise UserError(
+            f"{paths if isinstance(paths, str) else ', '.join(paths)}: no example with a supervised token is left "
+            f"({report.truncated} were longer than max_seq_length {config.max_seq_length}); see `twintune preview`"
+        )
     report.num_examples = len(rows)
     return build_dataset(rows), kept, report
 
 
-def _fit(encoded: Encoded, config: TrainConfig, report: DataReport, source: str) -> Iterator[Encoded]:
-    """Yield what of an example is trained, by `data.truncation`."""
+def _fit(encoded: Encoded, config: TrainConfig, report: DataReport) -> Iterator[Encoded]:
+    """Yield what of an example is trained, by `data.truncation`; raises RecordError where that is "error"."""
     ids, limit = encoded.token_ids, config.max_seq_length
     mask = [False, *encoded.loss_mask[1:]]  # nothing stands before the first token to predict it from
     if len(ids) <= limit:
         yield Encoded(ids, mask)
         return
     if config.data.truncation == "error":
-        raise UserError(
-            f"{source}: {len(ids)} tokens; max_seq_length is {limit}; raise it, or set data.truncation "
-            "to truncate, split or drop"
+        raise RecordError(
+            f"{len(ids)} tokens; max_seq_length is {limit}; raise it, or set data.truncation to truncate, split or drop"
         )
     report.truncated += 1
     if config.data.truncation == "split":

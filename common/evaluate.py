@@ -13,7 +13,7 @@ from common.chat import ChatTokenizer
 from common.config import TrainConfig
 from common.engine import Engine
 from common.errors import UserError
-from common.records import Example
+from common.records import Example, RecordError
 from common.sampling import Sampling
 from common.trainer import total_loss
 
@@ -36,19 +36,28 @@ class Evaluation:
 
 
 def make_questions(examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
-    """Turn examples into questions; plain text, which has no answer, makes none."""
+    """Turn examples into questions; plain text and answers that are tool calls, with no text to compare, make none."""
     questions = []
     for example in examples:
-        if example.messages:
-            last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-            before = example.messages[:last]
-            shown = next((str(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
-            ids = tokenizer.prompt_ids(before, example.tools)
-            questions.append(Question(shown, tuple(ids), str(example.messages[last]["content"])))
-        elif example.prompt:
+        if example.prompt:
             ids = tokenizer.text_ids(example.prompt)
             questions.append(Question(example.prompt, tuple(ids), example.completion))
+        elif example.messages:
+            questions.extend(_chat_question(example, tokenizer))
     return questions
+
+
+def _chat_question(example: Example, tokenizer: ChatTokenizer) -> list[Question]:
+    last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+    before, answer = example.messages[:last], example.messages[last]["content"]
+    if not answer:
+        return []
+    try:
+        ids = tokenizer.prompt_ids(before, example.tools)
+    except RecordError as error:
+        raise UserError(f"{example.source}: {error}") from None
+    shown = next((str(message["content"]) for message in reversed(before) if message["role"] == "user"), "")
+    return [Question(shown, tuple(ids), str(answer))]
 
 
 def evaluate(

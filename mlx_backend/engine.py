@@ -135,7 +135,7 @@ class MLXEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
-        self._streams.together()
+        self._streams.rejoin()
         self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
         yield from generate(self._model, self._selection, prompts, sampling)
 

@@ -30,8 +30,10 @@ class Streams:
 
     def split(self, micro: MicroBatch) -> list[MicroBatch]:
         """Split a micro-batch into the groups of rows that `sum` will compute side by side."""
+        if not self._on_cpu:
+            return [micro]
         set_blas_threads(1 if len(self._streams) > 1 else available_cpus())
-        return split_by_length(micro, len(self._streams)) if self._on_cpu else [micro]
+        return split_by_length(micro, len(self._streams))
 
     def sum(self, function: Callable[..., mx.array], parts: Sequence[Sequence[mx.array]]) -> mx.array:
         """Add up function(*part) over the parts, each on a stream of its own."""
@@ -41,6 +43,7 @@ class Streams:
                 totals.append(function(*part))
         return reduce(operator.add, totals)
 
-    def together(self) -> None:
-        """Give matmuls all cores again, for work that can't be dealt out."""
-        set_blas_threads(available_cpus())
+    def rejoin(self) -> None:
+        """Give matmuls all cores again, for generation: it reads all weights for each token and gains nothing here."""
+        if self._on_cpu:
+            set_blas_threads(available_cpus())

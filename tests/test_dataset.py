@@ -133,7 +133,7 @@ def test_split_makes_rows_of_one_source():
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(2, 20))
 def test_split_trains_every_supervised_token_exactly_once_and_from_the_one_before(mask, limit):
     config = TrainConfig(max_seq_length=limit, data=DataConfig(truncation="split"))
-    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, DataReport(), "x"))
+    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, DataReport()))
     assert all(len(piece.token_ids) == len(piece.loss_mask) <= limit for piece in pieces)
     trained = [
         (piece.token_ids[i - 1], piece.token_ids[i])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.batches import split_by_length, supervised_positions
+from common.batches import supervised_positions
 from common.config import LoraConfig, TrainConfig
 from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.memory import process_memory
@@ -25,9 +25,6 @@ from torch_backend.lora import Adapter, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
 from torch_backend.step import LOSS_SCALE, Moments, adamw_update
-
-# Groups of rows that a CPU computes one after the other, each cut to its own length. Measured on the quickstart.
-PARTS_ON_CPU = 2
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,9 @@ class TorchEngine:
         loss_sum = torch.zeros((), device=self._device)
         for index, micro in enumerate(batch.micro_batches):
             torch.manual_seed(self._dropout_seed(batch.step, index))
-            for part in self._parts(micro):
-                loss = self._loss(*self._to_device(part))
-                (loss * (scale / batch.num_loss_tokens)).backward()
-                loss_sum += loss.detach()
+            loss = self._loss(*self._to_device(micro))
+            (loss * (scale / batch.num_loss_tokens)).backward()
+            loss_sum += loss.detach()
         gradient = self._adapter.gradient / scale
         norm, finite = adamw_update(
             self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate
@@ -109,7 +105,7 @@ class TorchEngine:
     def eval_step(self, batch: MicroBatch) -> PendingStep:
         """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
         self._model.eval()
-        loss = torch.stack([self._loss(*self._to_device(part)) for part in self._parts(batch)]).sum()
+        loss = self._loss(*self._to_device(batch))
         return self._pending(int(batch.loss_mask.sum()), torch.stack([loss, loss * 0, torch.ones_like(loss)]))
 
     def fetch(self, handle: PendingStep) -> StepResult:
@@ -138,9 +134,6 @@ class TorchEngine:
         del self._model, self._base, self._adapter, self._moments, self._loss
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _parts(self, micro: MicroBatch) -> list[MicroBatch]:
-        return split_by_length(micro, PARTS_ON_CPU) if self._device.type == "cpu" else [micro]
 
     def _to_device(self, micro: MicroBatch) -> list[torch.Tensor]:
         index, targets, weight = supervised_positions(micro)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -32,7 +33,10 @@ def choose_device(device: str) -> torch.device:
         device = next(name for name, there in available.items() if there)
     if not available[device]:
         there = ", ".join(name for name, usable in available.items() if usable)
-        raise MachineError(f"device: {device}: torch {torch.__version__} sees none here; it sees: {there}")
+        raise MachineError(
+            f"device: {device}: torch {torch.__version__} sees none here, only {there}; "
+            "use device: auto, or install a torch built for it"
+        )
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
 
 
@@ -48,8 +52,9 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
         )
     model_type = read_model_config(directory)["model_type"]
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what its report of the load says is refused below
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=_without_dropout(AutoConfig.from_pretrained(directory)),
             dtype=DTYPES[dtype],
@@ -57,14 +62,28 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
             attn_implementation="sdpa",
             quantization_config=_bitsandbytes_config(quantization, dtype),
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, StrictDataclassError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(
             f"{directory}: the torch engine can't load this model (model_type {model_type}): {reason}"
         ) from None
+    _refuse_unfitting_weights(directory, report)
     _keep_trainable_on_cpu(model)
     return model
+
+
+def _refuse_unfitting_weights(directory: Path, report: dict[str, Any]) -> None:
+    """Raise UserError where transformers filled missing weights with random numbers, or left some out."""
+    for kind, names in (("lack", report["missing_keys"]), ("hold", report["unexpected_keys"])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            place = "which the model needs" if kind == "lack" else "which its config has no place for"
+            raise UserError(
+                f"{directory}: the weights {kind} {sorted(names)[0]}{more}, {place}; "
+                "config.json and the safetensors files are not of one model: download it again"
+            )
 
 
 class HeadSelection:
