@@ -150,7 +150,7 @@ def test_split_trains_every_supervised_token_exactly_once_and_from_the_one_befor
 def test_supervised_tokens_kept_and_lost_are_all_there_were(mask, limit, truncation):
     config = TrainConfig(max_seq_length=limit, data=DataConfig(truncation=truncation))
     report = DataReport()
-    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, report, "x"))
+    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, report))
     assert sum(sum(piece.loss_mask) for piece in pieces) + report.lost_loss_tokens == sum(mask[1:])
     assert report.truncated == (len(mask) > limit)
 
