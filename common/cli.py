@@ -214,7 +214,8 @@ def _resume_command(arguments: list[str]) -> str:
     if "--resume" in completed:
         at = completed.index("--resume")
         del completed[at : at + 2]
-    return shlex.join(["twintune", *completed, "--resume"])
+    program = sys.argv[0] if Path(sys.argv[0]).name == "twintune" else "twintune"  # it may not be on the PATH
+    return shlex.join([program, *completed, "--resume"])
 
 
 def _with_bare_resume(arguments: list[str]) -> list[str]:

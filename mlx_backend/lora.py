@@ -64,6 +64,18 @@ class Adapter:
             layer._dropout_key = key
 
 
+def dropout_keys(module: nn.Module) -> list[mx.array | None]:
+    """Return the dropout keys of the LoRA layers inside a module."""
+    return [layer._dropout_key for layer in module.modules() if isinstance(layer, LoRALinear)]
+
+
+def set_dropout_keys(module: nn.Module, keys: Sequence[mx.array | None]) -> None:
+    """Give the LoRA layers inside a module the keys that `dropout_keys` returned."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
+    for layer, key in zip(layers, keys, strict=True):
+        layer._dropout_key = key
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear modules of a model, quantised ones too, by path in model order."""
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, nn.Linear | nn.QuantizedLinear)}

@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
 from common.weights import read_model_config, rope_in_both_forms
-from mlx_backend.lora import LoRALinear
+from mlx_backend.lora import LoRALinear, dropout_keys, set_dropout_keys
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -106,8 +106,11 @@ def checkpoint_layers(model: nn.Module) -> None:
         original = type(layer).__call__
 
         def recomputed(self: nn.Module, *args: Any, _original: Callable = original, **kwargs: Any) -> Any:
+            keys = dropout_keys(self)  # by the time of the backward pass they are those of another group of rows
+
             def run(weights: dict, *args: Any, **kwargs: Any) -> Any:
                 self.update(weights)
+                set_dropout_keys(self, keys)
                 return _original(self, *args, **kwargs)
 
             # Gradients flow only into arguments of a checkpointed function: the adapter has to be one of them.

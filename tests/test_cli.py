@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(finished: FinishedRun
     step = int(checkpoint.name.partition("-")[2])
     assert 0 < step < STEPS and damage(checkpoint) is None and not (output / "final").exists()
     assert f"stopped by SIGINT after step {step} of {STEPS}; everything is saved" in message
-    resume = f"twintune train --config config.json --resume out/{checkpoint.name}"
+    resume = f"twintune train --config config.json --engine {finished.engine} --resume"
     assert resume in message
     assert [row["step"] for row in rows(output)] == list(range(1, step + 1))
 
