@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from common.evaluate import Question
 
-LONGEST_ANSWER = 400  # characters of one answer; a base model rambles
+LONGEST_ANSWER = 200  # characters of one answer; a base model rambles
 COUNTS = ("num_loss_tokens", "num_examples")
 LOSSES = ("loss", "perplexity")
 
