@@ -57,6 +57,29 @@ def test_twenty_steps_agree_between_the_engines(tied: bool, lora: LoraConfig, ll
     assert losses_a[-1] < losses_a[0]  # it did train
 
 
+@pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")], ids=["mlx-torch", "torch-mlx"])
+def test_a_run_goes_on_with_the_other_engine(order: tuple[str, str], llama: Path) -> None:
+    plan = BatchPlan(make_batches(), batch_size=3, accumulation=2, seed=7, num_train_epochs=6)
+    first, second, alone = (open_fresh(name, llama) for name in (*order, order[1]))
+    moved = steps(first, plan, 1, 10)
+    second.load_state(first.read_state())
+    moved += steps(second, plan, 11, 20)
+    np.testing.assert_allclose(moved, steps(alone, plan, 1, 20), rtol=LOSS_TOLERANCE)
+    found, expected = second.read_state(), alone.read_state()
+    assert found.update_count == expected.update_count == 20
+    for key in expected.weights:
+        np.testing.assert_allclose(found.weights[key], expected.weights[key], atol=WEIGHT_TOLERANCE, err_msg=key)
+
+
+def steps(engine: Engine, plan: BatchPlan, first: int, last: int) -> list[float]:
+    """Run some steps of a plan with a linear schedule over 20; returns the losses a token."""
+    results = [
+        engine.fetch(engine.train_step(plan.step_batch(step), learning_rate_at(step - 1, STEPS, 5e-3, "linear", 0)))
+        for step in range(first, last + 1)
+    ]
+    return [result.loss_sum / result.num_loss_tokens for result in results]
+
+
 def test_initial_adapter_is_uniform_within_the_inverse_root_of_in_features(llama: Path) -> None:
     shapes = open_fresh("mlx", llama).adapter_shapes()
     weights = initial_weights(shapes, 42)
