@@ -28,6 +28,9 @@ PACKAGES = {"mlx": "mlx_backend", "torch": "torch_backend"}
 EXTRAS = {"mlx": "mlx", "torch": "cuda"}
 LIBRARIES = {"mlx": "mlx", "torch": "torch"}
 
+# Factor on the loss by dtype: float16 gradients of a mean loss underflow; bfloat16 and float32 have the range.
+LOSS_SCALE = {"float16": 1024.0}
+
 Array = NDArray[Any]
 Handle = Any  # what an engine gives for work under way; only that engine looks inside
 

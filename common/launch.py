@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common import display
-from common.adapter import check_adapter, lora_of, peft_config, read_adapter, read_adapter_config
+from common.adapter import check_adapter, lora_of, peft_config, read_adapter
 from common.batches import BatchPlan, TokenDataset
 from common.card import model_card
 from common.chat import ChatTokenizer
@@ -111,8 +111,8 @@ def evaluate_adapter(
     if adapter is None and (Path(config.output_dir) / "final").is_dir():
         adapter = Path(config.output_dir) / "final"
     name = choose_engine(config.engine)
-    lora = lora_of(read_adapter_config(adapter), adapter) if adapter else config.lora
-    config = config.model_copy(update={"lora": lora})
+    weights, settings = read_adapter(adapter) if adapter else ({}, {})
+    config = config.model_copy(update={"lora": lora_of(settings, adapter) if adapter else config.lora})
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
     test = _read_test(paths, config, tokenizer, console)
@@ -123,15 +123,9 @@ def evaluate_adapter(
         result = _evaluate("base", engine, config, test, tokenizer, console)
         display.scores({"base": result.scores}, console)
         return {"base": result.scores}
-    engine.load_state(TrainState.fresh(load_adapter(engine, adapter)))
+    check_adapter(weights, engine.adapter_shapes(), adapter, trained=False)
+    engine.load_state(TrainState.fresh(weights))
     return _compare(engine, config, test, tokenizer, fresh, console)
-
-
-def load_adapter(engine: Engine, directory: Path) -> dict[str, Array]:
-    """Read an adapter that fits the engine's model; raises UserError where it doesn't."""
-    weights, _ = read_adapter(directory)
-    check_adapter(weights, engine.adapter_shapes(), directory, trained=False)
-    return weights
 
 
 def _train(

@@ -82,6 +82,11 @@ def initial_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[st
     return {key: _initial_tensor(key, shape, seed) for key, shape in shapes.items()}
 
 
+def seed_of(name: str) -> int:
+    """Return 64 bits that belong to a name, for generators which must not depend on the order of calls."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
 def _initial_tensor(key: str, shape: tuple[int, ...], seed: int) -> Array:
     if ".lora_B." in key:
         return np.zeros(shape, np.float32)

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,11 @@ from common.config import LoraConfig, TrainConfig
 from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.errors import UserError
 from common.flat import FlatLayout
-from common.lora import portable_target_modules, scaling, select_modules
+from common.lora import portable_target_modules, scaling, seed_of, select_modules
 from common.memory import process_memory
 from common.sampling import Sampling
 from common.weights import tensor_names
+from mlx_backend.blas import available_cpus
 from mlx_backend.generate import generate
 from mlx_backend.lora import Adapter, inject, linear_modules
 from mlx_backend.loss import LossFunction
@@ -65,7 +64,6 @@ class MLXEngine:
         self._seed = config.seed
         self._dropout = lora.lora_dropout if lora else 0.0
         self._model = load_base(model_dir, self.dtype, config.quantization)
-        self._model.freeze()
         self._targets, self._adapter = self._inject(model_dir, lora)
         self._selection = select_at_head(self._model)
         if config.gradient_checkpointing:
@@ -153,7 +151,8 @@ class MLXEngine:
             return [], Adapter({})
         linear = list(linear_modules(self._model))
         chosen = select_modules(linear, output_head(self._model)[0], lora)
-        foreign = [path for path in chosen if f"{path}.weight" not in tensor_names(model_dir)]
+        known = tensor_names(model_dir)
+        foreign = [path for path in chosen if f"{path}.weight" not in known]
         if foreign:
             raise UserError(
                 f"{model_dir}: mlx-lm names {foreign[0]} (and {len(foreign) - 1} more) otherwise than the checkpoint, "
@@ -168,8 +167,7 @@ class MLXEngine:
         for number, rows in enumerate(self._streams.split(micro)):
             arrays = [mx.array(rows.token_ids), *map(mx.array, supervised_positions(rows))]
             if dropout_seed is not None:
-                digest = hashlib.sha256(f"{dropout_seed}:{number}".encode()).digest()
-                arrays.append(mx.random.key(int.from_bytes(digest[:8], "little")))
+                arrays.append(mx.random.key(seed_of(f"{dropout_seed}:{number}")))
             parts.append(arrays)
         return parts
 
@@ -177,5 +175,4 @@ class MLXEngine:
 def _describe(on_gpu: bool) -> str:
     if on_gpu:
         return str(mx.device_info()["device_name"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"the CPU ({cores} cores)"
+    return f"the CPU ({available_cpus()} cores)"

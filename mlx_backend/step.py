@@ -14,11 +14,9 @@ from functools import partial
 import mlx.core as mx
 
 from common.config import TrainConfig
+from common.engine import LOSS_SCALE
 from mlx_backend.loss import LossFunction, two_level_sum
 from mlx_backend.streams import Streams
-
-# Float16 gradients of a mean loss underflow; bfloat16 and float32 have the range.
-LOSS_SCALE = {"float16": 1024.0}
 
 
 def compiler() -> Callable:

@@ -6,7 +6,6 @@ it and `fetch` waits for that copy alone, one step behind.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ import torch
 
 from common.batches import supervised_positions
 from common.config import LoraConfig, TrainConfig
-from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.engine import LOSS_SCALE, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.lora import seed_of
 from common.memory import process_memory
 from common.sampling import Sampling
 from torch_backend.generate import generate
 from torch_backend.lora import Adapter, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
-from torch_backend.step import LOSS_SCALE, Moments, adamw_update
+from torch_backend.step import Moments, adamw_update
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TorchEngine:
         self._adapter.gradient.zero_()
         loss_sum = torch.zeros((), device=self._device)
         for index, micro in enumerate(batch.micro_batches):
-            torch.manual_seed(self._dropout_seed(batch.step, index))
+            torch.manual_seed(seed_of(f"{self._config.seed}:{batch.step}:{index}") >> 1)  # it takes 63 bits
             loss = self._loss(*self._to_device(micro))
             (loss * (scale / batch.num_loss_tokens)).backward()
             loss_sum += loss.detach()
@@ -148,10 +148,6 @@ class TorchEngine:
         done = torch.cuda.Event()
         done.record()
         return PendingStep(num_loss_tokens, host, done)
-
-    def _dropout_seed(self, step: int, micro: int) -> int:
-        digest = hashlib.sha256(f"{self._config.seed}:{step}:{micro}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _describe(device: torch.device) -> str:

@@ -14,9 +14,6 @@ import torch
 
 from common.config import TrainConfig
 
-# Float16 gradients of a mean loss underflow; bfloat16 and float32 have the range.
-LOSS_SCALE = {"float16": 1024.0}
-
 
 @dataclass
 class Moments:
