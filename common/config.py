@@ -20,8 +20,10 @@ from common.config_checks import (
     as_layers,
     as_modules,
     as_reporters,
+    as_sources,
     as_texts,
     check_columns,
+    check_split,
     conflicts,
     differences_for_resume,
     known_metric,
@@ -58,20 +60,36 @@ class _Group(BaseModel):
         return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
 
+class WeightedPath(_Group):
+    """Name a source of training examples that counts more or less than once."""
+
+    path: Name
+    weight: Positive = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.path} (weight {self.weight:g})"
+
+
 class DataConfig(_Group):
     """Say which files hold the examples and how an example becomes tokens."""
 
-    train: Texts = ()
-    """Path or list of paths of the training examples, JSON lines."""
+    train: Annotated[tuple[Name | WeightedPath, ...], BeforeValidator(as_sources)] = ()
+    """Path or list of paths of the training examples; README.md, "Data", lists the kinds.
+
+    `{path: a.jsonl, weight: 2}` shows each example twice an epoch, 0.5 a seeded half of them once.
+    """
 
     validation: Texts = ()
     """Path or list of paths for the loss during training."""
 
+    validation_split: Annotated[NonNegative, AfterValidator(check_split)] = 0.0
+    """Hold out training examples as validation: a share below 1 of them, or a whole number of examples."""
+
     test: Texts = ()
     """Path or list of paths for `twintune evaluate`."""
 
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
-    """What a line holds: `messages`, `prompt` and `completion`, or `text`; auto looks at each line."""
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"] = "auto"
+    """What a record holds, as README.md, "Data", shows; auto looks at the fields of each."""
 
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens count in the loss: every assistant turn, the last one only, or everything."""
@@ -200,13 +218,13 @@ class TrainConfig(_Group):
     """Longest example, in tokens; `data.truncation` says what happens to longer ones."""
 
     packing: bool = False
-    """Put several examples in one row."""
+    """Fill each row of `max_seq_length` tokens with as many whole examples as fit; none sees another."""
 
     group_by_length: bool = False
-    """Put examples of like length in one batch."""
+    """Make each batch of examples of like length, so that less is padding."""
 
     per_device_train_batch_size: Count = 8
-    """Examples of one micro-batch on each device."""
+    """Examples of one micro-batch on each device; with `packing`, rows of examples."""
 
     per_device_eval_batch_size: Count = 8
     """Examples of one evaluation batch on each device."""
@@ -302,6 +320,11 @@ class TrainConfig(_Group):
             text = "\n".join(f"{conflict.keys[0]}: {conflict.message}" for conflict in found)
             raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})
         return self
+
+    @property
+    def row_capacity(self) -> int | None:
+        """Give the positions of a packed row, None where a row is one example."""
+        return self.max_seq_length if self.packing else None
 
     @property
     def compute_dtype(self) -> Literal["auto", "float32", "bfloat16", "float16"]:

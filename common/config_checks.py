@@ -7,6 +7,7 @@ built yet is refused by the table at the end.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,29 @@ def as_texts(value: Any) -> tuple[str, ...]:
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
         raise ValueError("expected text or a list of texts")
     return tuple(items)
+
+
+def as_sources(value: Any) -> tuple[Any, ...]:
+    """Turn one path or `{path, weight}`, or a list of these, into a tuple; a weight of 1 needs no group."""
+    items = value if isinstance(value, list | tuple) else (value,)
+    if not all(_is_source(item) for item in items):
+        raise ValueError("expected text or a list of texts, or of groups such as {path: a.jsonl, weight: 2}")
+    return tuple(item["path"] if isinstance(item, dict) and item.get("weight", 1) == 1 else item for item in items)
+
+
+def _is_source(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return isinstance(item, str) and bool(item)
+    path, weight = item.get("path"), item.get("weight", 1)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
+    return set(item) <= {"path", "weight"} and isinstance(path, str) and bool(path) and is_number
+
+
+def check_split(value: float) -> float:
+    """Accept a share below 1, or a whole number of examples."""
+    if value > 1 and value != int(value):
+        raise ValueError("expected a share below 1, e.g. 0.05, or a whole number of examples, e.g. 200")
+    return value
 
 
 def as_reporters(value: Any) -> tuple[str, ...]:
@@ -67,9 +91,16 @@ def known_metric(value: str) -> str:
 
 def check_columns(value: dict[str, str]) -> dict[str, str]:
     """Accept names for the fields that an example can have, and no others."""
-    if not set(value) <= {"messages", "prompt", "completion", "text", "tools"}:
-        raise ValueError("expected names for messages, prompt, completion, text or tools, e.g. {prompt: question}")
+    *others, last = _FIELDS
+    if not set(value) <= set(_FIELDS):
+        raise ValueError(f"expected names for {', '.join(others)} or {last}, e.g. {{prompt: question}}")
     return value
+
+
+_FIELDS = (
+    *("messages", "conversations", "system", "tools", "prompt", "completion", "text"),
+    *("instruction", "input", "output", "history", "input_ids", "labels", "attention_mask"),
+)
 
 
 def conflicts(config: TrainConfig) -> Iterator[Conflict]:
@@ -83,7 +114,17 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
             ("num_train_epochs", "max_steps"),
             f"found 0 with max_steps: {config.max_steps}: trains nothing; write e.g. num_train_epochs: 3",
         )
-    if config.eval_strategy != "no" and not config.data.validation:
+    if config.packing and config.group_by_length:
+        yield Conflict(
+            ("group_by_length", "packing"),
+            "packing is set too, which leaves no padding to save; write group_by_length: false",
+        )
+    if config.data.validation_split and config.data.validation:
+        yield Conflict(
+            ("data.validation_split", "data.validation"),
+            f"found {config.data.validation_split:g}, but data.validation is set too; keep one of them",
+        )
+    if config.eval_strategy != "no" and not config.data.validation and not config.data.validation_split:
         yield Conflict(
             ("eval_strategy", "data.validation"),
             f"found {config.eval_strategy} without data.validation; add it, or write eval_strategy: no",
@@ -185,8 +226,6 @@ def not_yet(config: TrainConfig) -> Iterator[Conflict]:
 
 # Valid keys that nothing honours yet, with what to write: delete a line once its feature works.
 _NOT_YET = {
-    "packing": "write packing: false",
-    "group_by_length": "write group_by_length: false",
     "load_best_model_at_end": "write load_best_model_at_end: false",
     "metric_for_best_model": "delete the line",
     "early_stopping_patience": "delete the line",

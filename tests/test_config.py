@@ -191,11 +191,11 @@ def test_every_suggested_alias_leads_to_a_key_that_exists():
 
 
 def test_all_problems_come_at_once_with_conflicts_among_the_good_values():
-    found = problems("sed: 1\nlora: {r: x}\nfp16: true\nbf16: true\npacking: true\n", "max_steps=a")
+    found = problems("sed: 1\nlora: {r: x}\nfp16: true\nbf16: true\nadapter_name_or_path: a\n", "max_steps=a")
     assert sorted(line.split(": ")[1] for line in found if line.startswith("train.yaml")) == [
+        "adapter_name_or_path",
         "bf16",
         "lora.r",
-        "packing",
         "sed",
     ]
     assert any(line.startswith('--set max_steps=a: found "a"; expected an integer') for line in found)
@@ -227,6 +227,7 @@ def test_a_typo_is_not_reported_again_as_a_missing_key():
         ("quantization: {group_size: 64}", ("quantization.group_size", "bits: 4")),
         ("warmup_steps: 2\nwarmup_ratio: 0.1", ("warmup_ratio", "warmup_steps")),
         ("eval_strategy: epoch", ("eval_strategy", "data.validation")),
+        ("packing: true\ngroup_by_length: true", ("group_by_length", "packing")),
         ("num_train_epochs: 0", ("num_train_epochs", "max_steps: -1")),
     ],
 )
@@ -238,8 +239,6 @@ def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
 @pytest.mark.parametrize(
     "text",
     [
-        "packing: true",
-        "group_by_length: true",
         "load_best_model_at_end: true",
         "metric_for_best_model: eval_loss",
         "early_stopping_patience: 3",
@@ -254,7 +253,7 @@ def test_what_nothing_honours_yet_is_refused_and_not_ignored(text):
 
 
 def test_switching_off_what_is_not_there_yet_is_fine():
-    config = load("packing: false\nearly_stopping_patience: null\nadapter_name_or_path:\nlora: {use_dora: false}")
+    config = load("early_stopping_patience: null\nadapter_name_or_path:\nlora: {use_dora: false}")
     assert config == TrainConfig()
 
 
