@@ -1,9 +1,10 @@
-"""From an example to token ids and the mask of what is trained: chat template, answer spans, end tokens.
+"""From an example to token ids and the mask of what is trained: tokenizer, end tokens, the tokens of a span.
 
-The template is rendered by a sandboxed Jinja and tokenised by `tokenizers`, without transformers: no torch is
-imported and a start takes milliseconds. Which characters are answers is found by rendering the conversation up
-to each assistant turn and checking that this is a true prefix of the whole; where a template rewrites its
-history the example is refused rather than masked wrongly.
+Rendered by `template.py` and tokenised by `tokenizers`, without transformers: no torch is imported and a start takes
+milliseconds. `answers.py` says which characters are answers; a token that overlaps one is trained. A conversation
+whose texts hold a special token is refused, since the model would read it as the end of a turn and not as text
+(others tokenise it in silence); `text`, `prompt` and `completion` are taken as written, special tokens included. A
+template that ends the conversation without an end token gets the tokenizer's, or the model would learn not to stop.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from common.control import THOUGHTS, TokenTexts, refuse_control_tokens
 from common.errors import UserError
 from common.records import Example, RecordError
 
-MAX_RENDERED_CHARACTERS = 20_000_000
-# Templates that print "today" get this day (Llama 3's own default), or a run resumed tomorrow would read other
-# tokens than today's.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+if TYPE_CHECKING:
+    from common.answers import Frame, Span
+    from common.template import ChatTemplate, Rendered
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,12 +39,21 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Hold one example as token ids and, for each, whether predicting it is trained."""
 
     token_ids: list[int]
     loss_mask: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Hold a conversation as text, the characters that are trained (None: all), and what is added after it."""
+
+    text: str
+    spans: list[Span] | None
+    end: list[int]
 
 
 class ChatTokenizer:
@@ -58,8 +69,10 @@ class ChatTokenizer:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if settings.get(name)
         }
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._tokens = {token.content: token.special for token in added}
+        self._added = TokenTexts(self._tokens)
         self._source = _template_source(directory, settings)
-        self._template: Any = None
         self.eos_id = self._token_id(self._special.get("eos_token"))
         self.pad_id = self._token_id(self._special.get("pad_token")) or 0
         self.stop_ids = self._stop_ids()
@@ -84,12 +97,30 @@ class ChatTokenizer:
 
         Raises RecordError where the template refuses the conversation or hides which part is the answer.
         """
-        try:
-            if example.messages:
-                return self._encode_chat(example, train_on)
+        if not example.messages:
             return self._encode_plain(example, train_on)
-        except UnicodeEncodeError as error:
-            raise RecordError(f"text that is no valid Unicode ({error.reason}); remove the lone surrogate") from None
+        written = self._write(example, train_on)
+        return _encoded(self._tokenize(written.text), written)
+
+    def encode_batch(self, examples: Sequence[Example], train_on: str) -> list[Encoded | RecordError]:
+        """Tokenise many examples as `encode` does; the error of a bad one stands in its place."""
+        results: list[Encoded | RecordError | None] = []
+        batch: list[tuple[int, Written]] = []
+        for index, example in enumerate(examples):
+            results.append(None)
+            try:
+                if example.messages:
+                    written = self._write(example, train_on)
+                    _require_unicode(written.text)
+                    batch.append((index, written))
+                else:
+                    results[index] = self._encode_plain(example, train_on)
+            except RecordError as error:
+                results[index] = error
+        encodings = self._tokenizer.encode_batch([written.text for _, written in batch], add_special_tokens=False)
+        for (index, written), encoding in zip(batch, encodings, strict=True):
+            results[index] = _encoded(encoding, written)
+        return [result for result in results if result is not None]
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """Tokenise a conversation up to where the assistant's answer begins."""
@@ -97,7 +128,9 @@ class ChatTokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """Tokenise plain text with the special tokens that the tokenizer adds by itself."""
-        return self._tokenize(text, add_special_tokens=True).ids
+        ids = self._tokenize(text, add_special_tokens=True).ids
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self._token_id(self._special.get("bos_token"))
+        return ids[1:] if doubled else ids  # the text begins with the token that the tokenizer adds
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         """Turn token ids back into text."""
@@ -107,47 +140,75 @@ class ChatTokenizer:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, add_generation_prompt: bool
     ) -> str:
         """Apply the chat template; raises RecordError where the template refuses, UserError where there is none."""
-        if self._template is None:
-            self._template = _compile_template(self._source, self.directory)
-        import jinja2
+        return self._render(messages, tools, add_generation_prompt).text
 
-        try:
-            text = self._template.render(
-                messages=messages,
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, add_generation_prompt: bool
+    ) -> Rendered:
+        return self._template.render(
+            {
                 **self._special,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RecordError(f"the chat template refuses this conversation: {error}") from None
-        if len(text) > MAX_RENDERED_CHARACTERS:
-            raise RecordError(f"{len(text):,} characters after the chat template; at most {MAX_RENDERED_CHARACTERS:,}")
-        return text
+                "messages": list(messages),
+                "tools": list(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
 
-    def _encode_chat(self, example: Example, train_on: str) -> Encoded:
-        whole = self.render(example.messages, example.tools, add_generation_prompt=False)
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from common.template import ChatTemplate  # Jinja is not loaded before a template is there to be rendered
+
+        if self._source is None:
+            raise UserError(
+                f"{self.directory}: the base model has no chat template, so it can't read 'messages'; "
+                "use its Instruct version, or data with 'prompt' and 'completion'"
+            )
+        return ChatTemplate(self._source, str(self.directory))
+
+    @cached_property
+    def _frame(self) -> Frame:
+        """What the template writes around an answer, learned once."""
+        from common.answers import learn_frame
+
+        return learn_frame(lambda messages, prompt: self._render(messages, None, prompt), self._added.last_in)
+
+    @cached_property
+    def _control(self) -> TokenTexts:
+        """The tokens that no content may hold: special ones, and what the template writes around answers."""
+        around = "\0".join((self._frame.header, self._frame.end, self._frame.closing))
+        return TokenTexts({token for token, special in self._tokens.items() if special or token in around} - THOUGHTS)
+
+    def _write(self, example: Example, train_on: str) -> Written:
+        """Render a conversation and find what is trained of it."""
+        from common.answers import find_answers
+
+        messages, tools = example.messages, example.tools
+        refuse_control_tokens(messages, tools, self._control)
+        whole = self._render(messages, tools, add_generation_prompt=False)
         if train_on == "all":
-            encoding = self._tokenize(whole)
-            return Encoded(encoding.ids, [True] * len(encoding.ids))
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        spans = [self._answer_span(example, turn, whole) for turn in turns[-1 if train_on == "last_assistant" else 0 :]]
-        encoding = self._tokenize(whole)
-        mask = [any(start < stop and end > begin for begin, stop in spans) for start, end in encoding.offsets]
-        return Encoded(encoding.ids, mask)
-
-    def _answer_span(self, example: Example, turn: int, whole: str) -> tuple[int, int]:
-        """Return the characters [begin, end) of an answer with its end token, without the white space after."""
-        before = self.render(example.messages[:turn], example.tools, add_generation_prompt=True)
-        after = self.render(example.messages[: turn + 1], example.tools, add_generation_prompt=False)
-        if not after.startswith(before) or not whole.startswith(after.rstrip()):
-            raise RecordError(
-                f"the chat template rewrites what stands before or in message {turn + 1}, so its place is not certain; "
-                "split the conversation into one example an answer, or use train_on: all"
-            )
-        return len(before), len(after.rstrip())
+            return Written(whole.text, None, [])
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= example.train_from]
+        turns = turns[-1:] if train_on == "last_assistant" else turns
+        spans = find_answers(
+            lambda part, prompt: self._render(part, tools, prompt), messages, turns, whole, self._frame
+        )
+        if self._frame.end or whole.answers or not spans or turns[-1] != len(messages) - 1:
+            return Written(whole.text, spans, [])
+        closed = whole.text[: spans[-1][1]]
+        if self.eos_id is None or self._added.last_in(closed) == len(closed):
+            return Written(whole.text, spans, [])
+        return Written(closed, spans, [self.eos_id])
 
     def _encode_plain(self, example: Example, train_on: str) -> Encoded:
+        if example.token_ids:
+            ids = list(example.token_ids)
+            if self._tokenizer.id_to_token(max(ids)) is None:
+                raise RecordError(
+                    f"token id {max(ids)}; the model's tokenizer has {self.vocabulary_size}: was the data tokenised "
+                    "with another one?"
+                )
+            return Encoded(ids, [True] * len(ids) if train_on == "all" else list(example.loss_mask))
         end = [self.eos_id] if self.eos_id is not None else []
         if example.text:
             ids = self.text_ids(example.text)
@@ -155,12 +216,13 @@ class ChatTokenizer:
             return Encoded(ids, [True] * len(ids))
         prompt = self.text_ids(example.prompt)
         prompt = prompt[:-1] if end and prompt[-1:] == end else prompt  # some tokenizers close every text
-        answer = self._tokenize(example.completion).ids + end
+        answer = self._tokenize(example.completion).ids
+        answer = answer if answer[-1:] == end else answer + end
         return Encoded(prompt + answer, [train_on == "all"] * len(prompt) + [True] * len(answer))
 
     def _tokenize(self, text: str, add_special_tokens: bool = False) -> Encoding:
         # A template writes every special token itself; adding them too would double the BOS.
-        text.encode()  # UnicodeEncodeError for a lone surrogate, of which tokenizers says "must be str"
+        _require_unicode(text)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _token_id(self, token: str | None) -> int | None:
@@ -207,49 +269,40 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
     return template
 
 
-def _compile_template(source: str | None, directory: Path) -> Any:
-    """Compile a template with what Hugging Face gives templates, in a sandbox that can't reach Python."""
-    if source is None:
-        raise UserError(
-            f"{directory}: the base model has no chat template, so it can't read 'messages'; "
-            "use its Instruct version, or data with 'prompt' and 'completion'"
-        )
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _encoded(encoding: Encoding, written: Written) -> Encoded:
+    ids = encoding.ids
+    if written.spans is None:
+        return Encoded(ids, [True] * len(ids))
+    mask = [False] * len(ids)
+    for begin, stop in written.spans:
+        first, last = _tokens_of(encoding, begin, stop)
+        mask[first:last] = [True] * (last - first)
+    return Encoded(ids + written.end, mask + [True] * len(written.end)) if written.end else Encoded(ids, mask)
 
-    class GenerationTag(Extension):
-        """Accept {% generation %}, which only marks answers: the spans are found by rendering."""
 
-        tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+def _tokens_of(encoding: Encoding, begin: int, stop: int) -> tuple[int, int]:
+    """Return the tokens [first, last) that overlap the characters [begin, stop).
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    A character may be none's, where a tokenizer trims white space from its offsets, or that of several tokens.
+    """
+    tokens = map(encoding.char_to_token, range(begin, stop))
+    first = next((token for token in tokens if token is not None), None)
+    if first is None:
+        return 0, 0
+    tokens = map(encoding.char_to_token, range(stop - 1, begin - 1, -1))
+    last = next(token for token in tokens if token is not None)
+    while first > 0 and (place := encoding.token_to_chars(first - 1)) and place[1] > begin:
+        first -= 1
+    last += 1
+    while last < len(encoding) and (place := encoding.token_to_chars(last)) and place[0] < stop:
+        last += 1
+    return first, last
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+
+def _require_unicode(text: str) -> None:
+    if text.isascii():
+        return
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{directory}: the chat template can't be read: {error}, line {error.lineno}") from None
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+        text.encode()  # of a lone surrogate, tokenizers says "must be str"
+    except UnicodeEncodeError as error:
+        raise RecordError(f"text that is no valid Unicode ({error.reason}); remove the lone surrogate") from None

@@ -211,9 +211,9 @@ def test_prompt_ends_where_the_answer_begins(tokenizers):
 def test_a_template_that_rewrites_its_history_is_refused_rather_than_masked_wrongly(tokenizers):
     thinking = {"role": "assistant", "content": "<think>so</think>The answer is yes."}
     ours = tokenizers["rewrites_history"]
-    with pytest.raises(RecordError, match="rewrites what stands before or in message 2") as caught:
+    with pytest.raises(RecordError, match="leaves out the reasoning of message 2") as caught:
         ours.encode(chat(USER, thinking, USER, thinking), "assistant")
-    assert "one example an answer, or use train_on: all" in str(caught.value)
+    assert "one example an answer, or use train_on: last_assistant" in str(caught.value)
     assert all(ours.encode(chat(USER, thinking, USER, thinking), "all").loss_mask)
 
 
@@ -251,9 +251,9 @@ def test_a_template_that_fails_is_an_error_of_the_example(tmp_path, template):
 
 
 def test_a_template_that_writes_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.chat.MAX_RENDERED_CHARACTERS", 1000)
+    monkeypatch.setattr("common.limits.MAX_RENDERED_CHARACTERS", 1000)
     write_tokenizer(tmp_path, "{{ 'x' * 1001 }}")
-    with pytest.raises(RecordError, match="1,001 characters after the chat template; at most 1,000"):
+    with pytest.raises(RecordError, match="makes 1,001 characters of this conversation; at most 1,000"):
         ChatTokenizer(tmp_path).encode(chat(USER, ASSISTANT), "all")
 
 
@@ -370,3 +370,130 @@ def test_a_broken_tokenizer_folder_is_named(tmp_path, name, content, message):
     break_file(tmp_path, name, content)
     with pytest.raises(UserError, match=message):
         ChatTokenizer(tmp_path).encode(chat(USER, ASSISTANT), "assistant")
+
+
+MACRO = """\
+{%- macro said(message) %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% endmacro %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}{{ said(message) }}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def test_marks_of_answers_that_do_not_reach_the_output_are_not_relied_on(tmp_path):
+    write_tokenizer(tmp_path, MACRO)
+    assert supervised(ChatTokenizer(tmp_path), chat(*LONG)) == "The answer is yes.<|im_end|>Hällo 😀!<|im_end|>"
+
+
+def test_marks_are_followed_where_they_are_not_one_an_answer(tmp_path):
+    marked = "{% generation %}{{ message.content[:3] }}{% endgeneration %}{{ message.content[3:] }}"
+    write_tokenizer(tmp_path, "{% for message in messages %}{% if loop.last %}" + marked + "{% endif %}\n{% endfor %}")
+    assert supervised(ChatTokenizer(tmp_path), chat(USER, ASSISTANT, USER, ASSISTANT)).strip() in ("The", "The answer")
+
+
+# The end token stands after the last answer alone, or nowhere.
+NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+PROMPTED = NO_END + "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_a_template_without_an_end_token_gets_the_tokenizers_after_the_last_answer(tmp_path):
+    write_tokenizer(tmp_path, PROMPTED)
+    ours = ChatTokenizer(tmp_path)
+    encoded = ours.encode(chat(*LONG), "assistant")
+    assert encoded.token_ids[-1] == ours.eos_id and encoded.loss_mask[-1]
+    assert supervised(ours, chat(*LONG)) == " The answer is yes. Hällo 😀!<|im_end|>"
+    assert ours.eos_id not in ours.encode(chat(*LONG, USER), "assistant").token_ids
+
+
+def test_an_end_token_that_only_closes_the_conversation_is_not_doubled(tmp_path):
+    write_tokenizer(tmp_path, PROMPTED + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    ours = ChatTokenizer(tmp_path)
+    assert ours.encode(chat(USER, ASSISTANT), "assistant").token_ids.count(ours.eos_id) == 1
+    assert supervised(ours, chat(USER, ASSISTANT)).endswith("yes.\n<|im_end|>")
+
+
+def test_only_answers_from_train_from_on_are_trained(tokenizers):
+    for name in ("chatml", "generation", "llama3"):
+        example = Example("", messages=tuple(LONG), train_from=3)
+        assert supervised(tokenizers[name], example) == "Hällo 😀!" + END[name]
+
+
+def test_ids_that_come_with_the_data_are_passed_through(tokenizers):
+    ours = tokenizers["chatml"]
+    example = Example("", token_ids=(5, 6, 7), loss_mask=(False, True, True))
+    assert ours.encode(example, "assistant") == Encoded([5, 6, 7], [False, True, True])
+    assert ours.encode(example, "all") == Encoded([5, 6, 7], [True, True, True])
+
+
+def test_ids_of_another_tokenizer_are_refused(tokenizers):
+    ours = tokenizers["chatml"]
+    size = ours.vocabulary_size
+    with pytest.raises(RecordError, match=rf"token id {size}; the model's tokenizer has {size}"):
+        ours.encode(Example("", token_ids=(0, size), loss_mask=(True, True)), "assistant")
+    assert ours.encode(Example("", token_ids=(size - 1,), loss_mask=(True,)), "assistant").token_ids == [size - 1]
+
+
+def test_tokens_that_a_text_already_holds_are_not_doubled(tokenizers):
+    ours = tokenizers["llama3"]
+    bos, eos = ours.text_ids("")[0], ours.eos_id
+    ids = ours.encode(Example("", text="<|begin_of_text|>yes<|eot_id|>"), "assistant").token_ids
+    assert (ids.count(bos), ids.count(eos)) == (1, 1)
+    ids = ours.encode(Example("", prompt="<|begin_of_text|>a", completion="b<|eot_id|>"), "assistant").token_ids
+    assert (ids.count(bos), ids.count(eos)) == (1, 1)
+
+
+def test_a_surrogate_in_a_batch_is_an_error_in_its_place(tokenizers):
+    bad, good = chat(USER, {**ASSISTANT, "content": "a\ud800b"}), chat(USER, ASSISTANT)
+    results = tokenizers["chatml"].encode_batch([bad, good], "assistant")
+    assert isinstance(results[0], RecordError) and results[1] == tokenizers["chatml"].encode(good, "assistant")
+    assert tokenizers["chatml"].encode_batch([], "assistant") == []
+
+
+# Rewrites contents, so that answers are placed turn by turn, and closes every conversation.
+TIDIES = CHATML.replace("message['content']", "message['content'] | replace('  ', ' ')") + (
+    "{%- if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+)
+# Leaves out the end token of the answers between the first and the last.
+FORGETS = CHATML.replace("'<|im_end|>\\n'", "('<|im_end|>' if loop.index0 < 3 or loop.last else '') + '\\n'")
+# Shows what an answer looks like before the conversation begins.
+SHOWS = "{{ '<|im_start|>assistant\nThe answer is yes.<|im_end|>\n' }}" + CHATML
+
+
+def test_what_closes_a_conversation_is_no_part_of_its_answers(tmp_path):
+    write_tokenizer(tmp_path, TIDIES)
+    spaced = {**ASSISTANT, "content": "It  is."}
+    expected = "It is.<|im_end|>" * 2
+    assert supervised(ChatTokenizer(tmp_path), chat(USER, spaced, USER, spaced)) == expected
+
+
+def test_an_answer_that_lost_its_end_token_is_refused(tmp_path):
+    write_tokenizer(tmp_path, FORGETS)
+    ours = ChatTokenizer(tmp_path)
+    with pytest.raises(RecordError, match="rewrites what stands before or in message 4"):
+        ours.encode(chat(USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT), "assistant")
+    assert supervised(ours, chat(USER, ASSISTANT)) == "The answer is yes.<|im_end|>"
+
+
+def test_an_answer_that_the_template_itself_shows_is_not_taken_for_one(tmp_path):
+    write_tokenizer(tmp_path, SHOWS)
+    ours = ChatTokenizer(tmp_path)
+    encoded = ours.encode(chat(USER, ASSISTANT), "assistant")
+    assert encoded.loss_mask.index(True) == len(ours.prompt_ids([USER]))
+
+
+def test_an_answer_that_ends_in_a_character_of_several_tokens_is_trained_to_its_end(tmp_path):
+    write_tokenizer(tmp_path, PROMPTED)
+    smiling = {**ASSISTANT, "content": "Yes 😀"}
+    trained = supervised(ChatTokenizer(tmp_path), chat(USER, smiling, USER, smiling, USER))
+    assert trained == " Yes 😀 Yes 😀"
+
+
+@pytest.mark.parametrize("answer", ["  yes", "\t\tyes", "   \n yes"])
+def test_white_space_that_a_tokenizer_cuts_from_its_offsets_is_trained_too(tmp_path, answer):
+    write_tokenizer(tmp_path, LLAMA3.replace(" | trim", ""), eos="<|eot_id|>", adds_bos=True)
+    ours = ChatTokenizer(tmp_path)
+    trained = supervised(ours, chat(USER, {**ASSISTANT, "content": answer}))
+    assert trained.lstrip("\n").endswith(answer + "<|eot_id|>")

@@ -5,9 +5,20 @@ the few sentences below, which is deterministic and takes milliseconds.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPECIAL = (
     "<|endoftext|>",
@@ -102,37 +113,69 @@ NO_SYSTEM = (
 
 
 def write_tokenizer(
-    directory: Path, template: str | None = CHATML, eos: str = "<|im_end|>", adds_bos: bool = False
+    directory: Path,
+    template: str | None = CHATML,
+    eos: str = "<|im_end|>",
+    adds_bos: bool = False,
+    special: Sequence[str] = SPECIAL,
+    bos: str = "<|begin_of_text|>",
+    pad: str = "<|endoftext|>",
+    added: Sequence[str] = (),
+    pieces: bool = False,
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into a folder that may exist.
 
-    The end token is <|im_end|>, the padding <|endoftext|>. With `adds_bos` the tokenizer puts <|begin_of_text|>
-    before every text by itself, cuts words and trims white space from offsets as Llama 3's does, else as GPT-2's.
+    The end token is <|im_end|>, the padding <|endoftext|>. With `adds_bos` the tokenizer puts the BOS before every
+    text by itself, cuts words and trims white space from offsets as Llama 3's does, else as GPT-2's. `added` tokens
+    are whole, but not special. With `pieces` it is SentencePiece's kind: "▁" for spaces, <0xNN> for unknown bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    words = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")] if adds_bos else []
-    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not adds_bos)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_of_words])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    steps = [processors.ByteLevel(trim_offsets=adds_bos)]
+    tokenizer = _pieces(special) if pieces else _bytes(special, like_llama3=adds_bos)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    steps = [] if pieces else [processors.ByteLevel(trim_offsets=adds_bos)]
     if adds_bos:
-        bos = ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))
-        steps.append(processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos]))
+        bos_id = (bos, tokenizer.token_to_id(bos))
+        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[bos_id]))
     tokenizer.post_processor = processors.Sequence(steps)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|begin_of_text|>",
+        "bos_token": bos,
         "eos_token": eos,
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _bytes(special: Sequence[str], like_llama3: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    words = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")] if like_llama3 else []
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not like_llama3)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_of_words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def _pieces(special: Sequence[str]) -> Tokenizer:
+    """Train as Gemma's and Mistral's is built: no words, spaces as "▁", bytes for what the vocabulary lacks."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")  # line ends are tokens of their own
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=100, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
