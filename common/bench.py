@@ -12,7 +12,7 @@ from rich.console import Console
 from common.batches import BatchPlan
 from common.chat import ChatTokenizer
 from common.config import TrainConfig, require_trainable
-from common.dataset import load_dataset
+from common.dataset import load_training
 from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.hub import resolve_model
@@ -25,7 +25,7 @@ def bench(config: TrainConfig, source: str, steps: int, as_json: bool) -> None:
     """Time `steps` optimizer steps and print the figures, for people or as one JSON object."""
     model_dir = resolve_model(require_trainable(config, source), config.revision)
     tokenizer = ChatTokenizer(model_dir)
-    data, _, _ = load_dataset(config.data.train, config, tokenizer)
+    data, _, _ = load_training(config, tokenizer)
     engine = open_engine(choose_engine(config.engine), config, model_dir, config.lora)
     engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
     figures = measure(engine, BatchPlan.of(data, config), steps, config.learning_rate)

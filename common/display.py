@@ -50,10 +50,11 @@ def scores(columns: Mapping[str, Mapping[str, float]], console: Console) -> None
 
 
 @contextmanager
-def counter(what: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` are done, where there is a terminal; yields the function to tell it."""
+def counter(what: str, total: int | None, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total`, if that is known, are done, where there is a terminal; yields the function to tell."""
     if not console.is_terminal:
-        say(console, f"{what} ...")
+        if total:
+            say(console, f"{what} ...")
         yield lambda done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

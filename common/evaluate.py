@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.batches import TokenDataset
 from common.chat import ChatTokenizer
 from common.config import TrainConfig
 from common.engine import Engine
 from common.errors import UserError
 from common.records import Example, RecordError
 from common.sampling import Sampling
+from common.tokens import TokenDataset
 from common.trainer import total_loss
 
 
@@ -35,19 +35,22 @@ class Evaluation:
     answers: list[str]
 
 
-def make_questions(examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Question]:
-    """Turn examples into questions; plain text and answers that are tool calls, with no text to compare, make none."""
+def make_questions(examples: Sequence[Example], tokenizer: ChatTokenizer, skip: bool = False) -> list[Question]:
+    """Turn examples into questions; those without an answer's text to compare (plain text, tool calls) make none.
+
+    Raises UserError for a conversation that the chat template refuses, unless these are to be skipped.
+    """
     questions = []
     for example in examples:
         if example.prompt:
             ids = tokenizer.text_ids(example.prompt)
             questions.append(Question(example.prompt, tuple(ids), example.completion))
         elif example.messages:
-            questions.extend(_chat_question(example, tokenizer))
+            questions.extend(_chat_question(example, tokenizer, skip))
     return questions
 
 
-def _chat_question(example: Example, tokenizer: ChatTokenizer) -> list[Question]:
+def _chat_question(example: Example, tokenizer: ChatTokenizer, skip: bool) -> list[Question]:
     last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
     before, answer = example.messages[:last], example.messages[last]["content"]
     if not answer:
@@ -55,6 +58,8 @@ def _chat_question(example: Example, tokenizer: ChatTokenizer) -> list[Question]
     try:
         ids = tokenizer.prompt_ids(before, example.tools)
     except RecordError as error:
+        if skip:
+            return []
         raise UserError(f"{example.source}: {error}") from None
     shown = next((str(message["content"]) for message in reversed(before) if message["role"] == "user"), "")
     return [Question(shown, tuple(ids), str(answer))]
@@ -63,22 +68,17 @@ def _chat_question(example: Example, tokenizer: ChatTokenizer) -> list[Question]
 def evaluate(
     engine: Engine,
     config: TrainConfig,
-    data: TokenDataset,
+    data: TokenDataset | None,
     questions: Sequence[Question],
     tokenizer: ChatTokenizer,
     advance: Callable[[int], None],
 ) -> Evaluation:
     """Score the engine's current weights; `advance` is told how many answers have been generated.
 
-    Answers are generated for all questions where the config names metrics, else only for those it shows.
+    The loss is that of `data`, where there is any. Answers are generated for all questions where the config names
+    metrics, else only for those it shows.
     """
-    loss_sum, count = total_loss(engine, data, config.per_device_eval_batch_size)
-    loss = loss_sum / count
-    scores: dict[str, float | int] = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "num_loss_tokens": count,
-    }
+    scores: dict[str, float | int] = _loss_scores(engine, config, data) if data else {}
     asked = questions if config.evaluation.metrics else questions[: config.evaluation.samples]
     answers = generate_answers(engine, config, asked, tokenizer, advance)
     if asked and config.evaluation.metrics:
@@ -87,6 +87,12 @@ def evaluate(
             right = sum(score(metric, answer, q.expected) for answer, q in zip(answers, asked, strict=True))
             scores[metric] = right / len(asked)
     return Evaluation(scores, answers)
+
+
+def _loss_scores(engine: Engine, config: TrainConfig, data: TokenDataset) -> dict[str, float | int]:
+    loss_sum, count = total_loss(engine, data, config.per_device_eval_batch_size, config.row_capacity)
+    loss = loss_sum / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "num_loss_tokens": count}
 
 
 def generate_answers(

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from common import display
 from common.adapter import check_adapter, lora_of, peft_config, read_adapter
-from common.batches import BatchPlan, TokenDataset
+from common.batches import BatchPlan
 from common.card import model_card
 from common.chat import ChatTokenizer
 from common.checkpoint import AdapterFiles
 from common.config import TrainConfig, require_trainable
-from common.dataset import load_dataset
+from common.dataset import load_dataset, load_training, report_lines
 from common.display import say
 from common.engine import Array, Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
@@ -31,9 +31,12 @@ from common.hub import resolve_model
 from common.lora import initial_weights
 from common.metrics import MetricsLog
 from common.progress import LoggedReporter, clock, make_reporter
-from common.records import Example
+from common.records import read_examples
 from common.run import Identity, RunFolder, Start, refuse_other_run
 from common.signals import stop_on_signals
+from common.sources import Split
+from common.tokenise import DataReport
+from common.tokens import TokenDataset
 from common.trainer import Trainer
 from common.weights import fingerprint, vocabulary_size
 
@@ -43,9 +46,9 @@ STEP_PER_FORWARD = 2.4
 
 @dataclass(frozen=True)
 class TestSet:
-    """Hold the held-out examples, as tokens for the loss and as questions."""
+    """Hold the held-out examples, as tokens where their loss is wanted, and as questions."""
 
-    data: TokenDataset
+    data: TokenDataset | None
     questions: list[Question]
 
 
@@ -69,12 +72,7 @@ def train(config: TrainConfig, request: Request, console: Console) -> None:
     name = choose_engine(config.engine)
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
-    data = _read_data("training", config.data.train, config, tokenizer, console)[0]
-    validation = (
-        _read_data("validation", config.data.validation, config, tokenizer, console)[0]
-        if config.data.validation
-        else None
-    )
+    data, validation = _read_training(config, tokenizer, console)
     test = _read_test(config.data.test, config, tokenizer, console) if config.data.test else None
     plan = BatchPlan.of(data, config)
     engine = _open(name, config, model_dir, console)
@@ -95,7 +93,9 @@ def train(config: TrainConfig, request: Request, console: Console) -> None:
     else:
         _train(config, request, engine, plan, validation, folder, start, console)
     if test:
-        _compare(engine, config, test, tokenizer, TrainState.fresh(fresh), console)
+        # The person waits: where there are scores to show, the loss on the test file is left to `twintune evaluate`.
+        shown = TestSet(None if config.evaluation.metrics else test.data, test.questions)
+        _compare(engine, config, shown, tokenizer, TrainState.fresh(fresh), console)
     say(console, f"The adapter is in {folder.final}")
     engine.close()
 
@@ -202,26 +202,48 @@ def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, console: C
     say(console, f"{why}raining on {engine.device} takes about {clock(seconds)} ({steps} steps)")
 
 
+def _read_training(
+    config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> tuple[TokenDataset, TokenDataset | None]:
+    with display.counter("reading the training data", None, console) as advance:
+        data, held_out, report = load_training(config, tokenizer, advance)
+    _say_data("training", data, report, config, tokenizer, console)
+    if held_out:
+        say(console, f"{len(held_out):,} of them held out for validation")
+    if not config.data.validation:
+        return data, held_out
+    return data, _read_data("validation", config.data.validation, config, tokenizer, console)
+
+
 def _read_data(
-    what: str, paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console
-) -> tuple[TokenDataset, list[Example]]:
-    data, examples, report = load_dataset(paths, config, tokenizer)
-    highest, known = int(data.token_ids.max()), vocabulary_size(tokenizer.directory)
+    split: Split, paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> TokenDataset:
+    with display.counter(f"reading the {split} data", None, console) as advance:
+        data, report = load_dataset(paths, config, tokenizer, split, advance)
+    _say_data(split, data, report, config, tokenizer, console)
+    return data
+
+
+def _say_data(
+    what: str, data: TokenDataset, report: DataReport, config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> None:
+    """Print what a data set holds; raises UserError where its tokens are not the model's."""
+    highest, known = data.highest_token, vocabulary_size(tokenizer.directory)
     if known and highest >= known:
         raise UserError(
             f"{tokenizer.directory}: its tokenizer makes token {highest}, its model knows only 0 to {known - 1}; "
             "put the model's own tokenizer beside it"
         )
-    share = data.loss_mask.mean()
-    say(console, f"{len(data):,} {what} examples, {len(data.token_ids):,} tokens, {share:.0%} of them supervised")
-    for line in report.lines(config):
+    share = data.num_loss_tokens / data.num_tokens
+    say(console, f"{len(data):,} {what} examples, {data.num_tokens:,} tokens, {share:.0%} of them supervised")
+    for line in report_lines(report, config):
         say(console, f"  {line}")
-    return data, examples
 
 
 def _read_test(paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> TestSet:
-    data, examples = _read_data("test", paths, config, tokenizer, console)
-    return TestSet(data, make_questions(examples, tokenizer))
+    data = _read_data("test", paths, config, tokenizer, console)
+    examples = read_examples(paths, config.data, [], "test")
+    return TestSet(data, make_questions(examples, tokenizer, skip=config.data.on_error == "skip"))
 
 
 def _compare(

@@ -10,12 +10,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from common.batches import TokenDataset
 from common.chat import ChatTokenizer
 from common.config import TrainConfig, require_trainable
-from common.dataset import DataReport, load_dataset
+from common.dataset import load_training, report_lines
 from common.display import say
 from common.hub import resolve_model
+from common.tokenise import DataReport
+from common.tokens import TokenDataset
 
 
 def preview_data(config: TrainConfig, number: int, as_json: bool) -> None:
@@ -23,7 +24,7 @@ def preview_data(config: TrainConfig, number: int, as_json: bool) -> None:
     require_trainable(config, "preview")
     assert config.model_name_or_path is not None
     tokenizer = ChatTokenizer(resolve_model(config.model_name_or_path, config.revision))
-    data, _, report = load_dataset(config.data.train, config, tokenizer)
+    data, _, report = load_training(config, tokenizer)
     if as_json:
         _print_json(data, report, number)
     else:
@@ -32,17 +33,16 @@ def preview_data(config: TrainConfig, number: int, as_json: bool) -> None:
 
 def totals(data: TokenDataset, report: DataReport) -> dict[str, int]:
     """Sum up a data set."""
-    lengths = np.diff(data.offsets)
     return {
         "num_examples": len(data),
-        "num_tokens": int(lengths.sum()),
-        "num_loss_tokens": int(data.loss_mask.sum()),
-        "shortest": int(lengths.min()),
-        "longest": int(lengths.max()),
+        "num_tokens": data.num_tokens,
+        "num_loss_tokens": data.num_loss_tokens,
+        "shortest": int(data.lengths.min()),
+        "longest": int(data.lengths.max()),
         "truncated": report.truncated,
         "lost_loss_tokens": report.lost_loss_tokens,
         "dropped": report.dropped,
-        "skipped": len(report.skipped),
+        "skipped": report.num_errors,
     }
 
 
@@ -50,7 +50,7 @@ def _print_json(data: TokenDataset, report: DataReport, number: int) -> None:
     for index in range(min(number, len(data))):
         tokens, mask = data.tokens(index), data.mask(index)
         row = {
-            "source": data.sources[index],
+            "source": data.places[index],
             "token_ids": tokens.tolist(),
             "loss_mask": mask.tolist(),
             "num_tokens": len(tokens),
@@ -67,7 +67,7 @@ def _print_text(
     say(console, "Supervised tokens stand in [[ ]] and, where there are colours, in green.")
     for index in range(min(number, len(data))):
         tokens, mask = data.tokens(index), data.mask(index)
-        say(console, f"\n{Path(data.sources[index])}  {len(tokens)} tokens, {int(mask.sum())} supervised")
+        say(console, f"\n{Path(data.places[index])}  {len(tokens)} tokens, {int(mask.sum())} supervised")
         text = Text()
         for start, stop in _runs(mask):
             piece = tokenizer.decode(tokens[start:stop].tolist(), skip_special=False)
@@ -76,7 +76,7 @@ def _print_text(
     say(console, "")
     for name, value in totals(data, report).items():
         say(console, f"{name.replace('_', ' '):>18} {value:>12,}")
-    for line in report.lines(config):
+    for line in report_lines(report, config):
         say(console, line)
 
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from common.engine import Array
 
+LET_GO = 0.75  # go on with the open rows alone once they are no more than this share
+WORTH_SHARING = 8  # tokens of a common beginning that are worth a forward pass of their own
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -30,6 +33,7 @@ class Chooser:
         self._random = np.random.default_rng(sampling.seed)
         self._chosen = 0
         self._open = np.full(rows, sampling.max_new_tokens > 0)
+        self._rows = np.arange(rows)  # those that the engine still computes
 
     @property
     def finished(self) -> bool:
@@ -41,17 +45,31 @@ class Chooser:
         if self._sampling.temperature == 0:
             return logits.argmax(axis=-1)
         cumulative = truncated_probabilities(logits, self._sampling).cumsum(axis=-1)
-        draws = self._random.random((len(logits), 1)) * cumulative[:, -1:]  # rounded, the sum may be just below 1
-        return (cumulative > draws).argmax(axis=-1)
+        draws = self._random.random((len(self._open), 1))[self._rows]  # a row's draws are its own, whoever has ended
+        return (cumulative > draws * cumulative[:, -1:]).argmax(axis=-1)  # rounded, the sum may be just below 1
 
     def accept(self, tokens: Array) -> Iterator[tuple[int, int]]:
         """Yield (row, token) of the rows still open, and close those that stop here."""
         self._chosen += 1
-        for row in np.flatnonzero(self._open):
-            yield int(row), int(tokens[row])
-        self._open &= ~np.isin(tokens, list(self._sampling.stop_ids))
+        stops = np.isin(tokens, list(self._sampling.stop_ids))
+        for row, token, stop in zip(self._rows, tokens, stops, strict=True):
+            if self._open[row]:
+                yield int(row), int(token)
+            self._open[row] &= not stop
         if self._chosen >= self._sampling.max_new_tokens:
             self._open[:] = False
+
+    def rows_to_keep(self) -> Array | None:
+        """Return which of the computed rows to go on with, None for all; call it once a step.
+
+        Rows that have ended are let go by the quarter: each time caches are copied.
+        """
+        is_open = self._open[self._rows]
+        if self.finished or is_open.mean() > LET_GO:
+            return None
+        kept = np.flatnonzero(is_open)
+        self._rows = self._rows[kept]
+        return kept
 
 
 def truncated_probabilities(logits: Array, sampling: Sampling) -> Array:
@@ -78,3 +96,22 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, list[int]]:
     padding = [width - len(prompt) for prompt in prompts]
     rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
     return np.array(rows, np.int32), padding
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens with which all prompts begin (a system prompt), at most all but one of the shortest.
+
+    0 where it is not worth computing once for all rows.
+    """
+    shortest = min(map(len, prompts))
+    columns = zip(*(prompt[: shortest - 1] for prompt in prompts), strict=True)
+    count = next((i for i, column in enumerate(columns) if len(set(column)) > 1), shortest - 1)
+    return count if len(prompts) > 1 and count >= WORTH_SHARING else 0
+
+
+def shifted_columns(count: int, padding: Sequence[int]) -> Array:
+    """Return where each of the first `count` columns of left-padded rows lies in their common beginning, (B, count).
+
+    A row's padding points to column 0; attention masks it.
+    """
+    return np.maximum(np.arange(count) - np.array(padding)[:, None], 0)

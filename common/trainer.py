@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.batches import BatchPlan, TokenDataset, chain_hash, evaluation_batches
+from common.batches import BatchPlan, chain_hash, evaluation_batches
 from common.config import TrainConfig
 from common.engine import Engine, Handle, StepBatch, StepResult
 from common.errors import UserError
@@ -22,6 +22,7 @@ from common.metrics import MetricsLog
 from common.progress import Reporter
 from common.schedule import learning_rate_at, warmup_step_count
 from common.signals import StopRequest
+from common.tokens import TokenDataset
 
 
 @dataclass
@@ -146,7 +147,10 @@ class Trainer:
             "peak_memory_bytes": self._engine.memory().peak_bytes,
         }
         if self._validation is not None and self._evaluation_due(batch.step):
-            row["eval_loss"] = mean_loss(self._engine, self._validation, self._config.per_device_eval_batch_size)
+            config = self._config
+            row["eval_loss"] = mean_loss(
+                self._engine, self._validation, config.per_device_eval_batch_size, config.row_capacity
+            )
         self._log.append(row)
         self._reporter.row(row)
         self._window = Window()
@@ -189,7 +193,7 @@ class Trainer:
         with contextlib.suppress(UserError):  # the step under way may be no better; this one is told
             self._drain()
         self._save(self.progress)
-        sources = [self._plan.data.sources[row] for row in batch.examples[:8]]
+        sources = [self._plan.data.places[row] for row in batch.examples[:8]]
         raise UserError(
             f"{where} and the run stopped; the weights of the last good step are saved.\n"
             f"examples of that step: {', '.join(sources)}\n"
@@ -197,16 +201,17 @@ class Trainer:
         )
 
 
-def mean_loss(engine: Engine, data: TokenDataset, batch_size: int) -> float:
+def mean_loss(engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None) -> float:
     """Return the loss in nats a supervised token over a whole data set."""
-    loss_sum, count = total_loss(engine, data, batch_size)
+    loss_sum, count = total_loss(engine, data, batch_size, capacity)
     return loss_sum / count
 
 
-def total_loss(engine: Engine, data: TokenDataset, batch_size: int) -> tuple[float, int]:
+def total_loss(engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None) -> tuple[float, int]:
     """Return the summed loss in nats and the number of supervised tokens of a data set."""
     loss_sum, count, pending = 0.0, 0, None
-    for batch in itertools.chain(evaluation_batches(data, batch_size), [None]):
+    batches = evaluation_batches(data, batch_size, capacity)
+    for batch in itertools.chain(batches, [None]):
         launched = engine.eval_step(batch) if batch else None
         if pending is not None:
             result = engine.fetch(pending)

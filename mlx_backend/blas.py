@@ -14,7 +14,6 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import shlex
@@ -24,6 +23,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from common.cpus import available_cpus
 
 CALLS_SYMBOL = "twintune_gemm_calls"
 SHIM_SOURCE = r"""
@@ -86,29 +87,6 @@ def gemm_calls() -> int | None:
         return ctypes.c_long.in_dll(ctypes.CDLL(None), CALLS_SYMBOL).value
     except ValueError:
         return None
-
-
-def available_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Count the CPUs this process may keep busy: its affinity, or its container's quota if that is less."""
-    if sys.platform != "linux":  # no affinity and no quota to ask for
-        return os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0))
-    for read_quota in (_cgroup2_quota, _cgroup1_quota):
-        with contextlib.suppress(OSError, ValueError):
-            return max(1, min(allowed, math.ceil(read_quota(cgroup_root))))
-    return allowed
-
-
-def _cgroup2_quota(root: Path) -> float:
-    quota, period = (root / "cpu.max").read_text().split()
-    return int(quota) / int(period)  # "max" is no int: no limit
-
-
-def _cgroup1_quota(root: Path) -> float:
-    quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
-    if quota <= 0:
-        raise ValueError("no limit")
-    return quota / int((root / "cpu/cpu.cfs_period_us").read_text())
 
 
 def _links_reference_blas() -> bool:

@@ -9,24 +9,27 @@ import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from common.batches import supervised_positions
 from common.config import LoraConfig, TrainConfig
+from common.cpus import available_cpus
 from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.errors import UserError
 from common.flat import FlatLayout
+from common.layout import is_packed, supervised_positions
 from common.lora import portable_target_modules, scaling, seed_of, select_modules
 from common.memory import process_memory
 from common.sampling import Sampling
 from common.weights import tensor_names
-from mlx_backend.blas import available_cpus
+from mlx_backend.attention import Packing, SideBySide, separate_examples
+from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.generate import generate
 from mlx_backend.lora import Adapter, inject, linear_modules
 from mlx_backend.loss import LossFunction
-from mlx_backend.model import checkpoint_layers, choose_device, load_base, output_head, select_at_head
+from mlx_backend.model import choose_device, load_base, output_head, select_at_head
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
 from mlx_backend.streams import Streams
 
@@ -66,12 +69,14 @@ class MLXEngine:
         self._model = load_base(model_dir, self.dtype, config.quantization)
         self._targets, self._adapter = self._inject(model_dir, lora)
         self._selection = select_at_head(self._model)
+        self._packs = config.packing
+        packing = separate_examples(self._model, model_dir) if config.packing else Packing()
         if config.gradient_checkpointing:
-            checkpoint_layers(self._model)
+            checkpoint_layers(self._model, packing)
         self._model.eval()
         mx.eval(self._model.parameters())
         self._layout = FlatLayout(self._adapter.shapes())
-        self._loss = LossFunction(self._model, self._selection, self._adapter, self._layout)
+        self._loss = LossFunction(self._model, self._selection, packing, self._adapter, self._layout)
         self._micro_gradient = make_micro_gradient(self._loss, self._streams, self.dtype)
         self._evaluate = make_evaluation(self._loss, self._streams)
         self._update = make_update(config)
@@ -161,15 +166,27 @@ class MLXEngine:
         adapter = inject(self._model, chosen, lora.r, scaling(lora), lora.lora_dropout)
         return portable_target_modules(chosen, linear, lora), adapter
 
-    def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[list[mx.array]]:
-        """Give the arrays of each group of rows: tokens, positions, targets, weights, and a key for dropout."""
-        parts = []
-        for number, rows in enumerate(self._streams.split(micro)):
-            arrays = [mx.array(rows.token_ids), *map(mx.array, supervised_positions(rows))]
-            if dropout_seed is not None:
-                arrays.append(mx.random.key(seed_of(f"{dropout_seed}:{number}")))
-            parts.append(arrays)
-        return parts
+    def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:
+        """Give the arguments of the loss for each group of rows."""
+        return [
+            self._part(rows, f"{dropout_seed}:{number}" if dropout_seed else None)
+            for number, rows in enumerate(self._streams.split(micro))
+        ]
+
+    def _part(self, rows: MicroBatch, dropout_seed: str | None) -> dict[str, Any]:
+        positions, targets, counted = map(mx.array, supervised_positions(rows))
+        part = {
+            "token_ids": mx.array(rows.token_ids),
+            "positions": positions,
+            "targets": targets,
+            "counted": counted,
+        }
+        if dropout_seed:
+            part["dropout_key"] = mx.random.key(seed_of(dropout_seed))
+        if is_packed(rows):
+            assert self._packs, "a packed batch for an engine whose config says packing: false"
+            part |= {"segment_ids": mx.array(rows.segment_ids)} if self._on_gpu else {"arrangement": SideBySide(rows)}
+        return part
 
 
 def _describe(on_gpu: bool) -> str:

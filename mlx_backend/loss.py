@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from common.flat import FlatLayout
+from mlx_backend.attention import Arrangement, Masked, Packing
 from mlx_backend.lora import Adapter
 from mlx_backend.model import HeadSelection
 
@@ -21,9 +22,12 @@ from mlx_backend.model import HeadSelection
 class LossFunction:
     """Compute the summed loss of one micro-batch as a pure function of the adapter's weights."""
 
-    def __init__(self, model: nn.Module, selection: HeadSelection, adapter: Adapter, layout: FlatLayout) -> None:
+    def __init__(
+        self, model: nn.Module, selection: HeadSelection, packing: Packing, adapter: Adapter, layout: FlatLayout
+    ) -> None:
         self._model = model
         self._selection = selection
+        self._packing = packing
         self._adapter = adapter
         self._layout = layout
 
@@ -43,11 +47,17 @@ class LossFunction:
         targets: mx.array,
         counted: mx.array,
         dropout_key: mx.array | None = None,
+        segment_ids: mx.array | None = None,
+        arrangement: Arrangement | None = None,
     ) -> mx.array:
-        """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,)."""
+        """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,).
+
+        Rows of several examples come with their `segment_ids` (B, T) or with a ready arrangement.
+        """
         self._adapter.bind(weights, dropout_key)
         self._selection.positions = positions
-        logits = self._model(token_ids)
+        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids)):
+            logits = self._model(token_ids)
         self._selection.positions = None
         return (cross_entropy(logits.astype(mx.float32), targets) * counted).sum()
 

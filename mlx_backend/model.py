@@ -1,8 +1,8 @@
-"""The base model on MLX: architecture and weights by mlx-lm, and the two places where training bends it.
+"""The base model on MLX: architecture and weights by mlx-lm, and how training bends it.
 
-`select_at_head` lets the head see only the positions whose logits are wanted; `checkpoint_layers` recomputes each
-layer in the backward pass. Both give single module instances a subclass of their own class: no class of mlx-lm is
-patched, parameter names stay, and every architecture that mlx-lm knows keeps its own code around them.
+`select_at_head` lets the head see only the positions whose logits are wanted. Like all our hooks it gives a single
+module instance a subclass of its own class (`specialise`): no class of mlx-lm is patched, parameter names stay, and
+every architecture that mlx-lm knows keeps its own code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +18,7 @@ from mlx_lm.utils import load_model
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
 from common.weights import read_model_config, rope_in_both_forms
-from mlx_backend.lora import LoRALinear, dropout_keys, set_dropout_keys
+from mlx_backend.lora import LoRALinear
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -82,7 +81,7 @@ def select_at_head(model: nn.Module) -> HeadSelection:
     def with_selection(self: nn.Module, hidden: mx.array) -> mx.array:
         return original(self, selection.apply(hidden))
 
-    _specialise(head, method, with_selection)
+    specialise(head, method, with_selection)
     return selection
 
 
@@ -100,30 +99,13 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module]:
     raise UserError("the MLX engine finds no output head (lm_head or a tied embed_tokens) in this architecture")
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    for layer in _layers(model):
-        original = type(layer).__call__
-
-        def recomputed(self: nn.Module, *args: Any, _original: Callable = original, **kwargs: Any) -> Any:
-            keys = dropout_keys(self)  # by the time of the backward pass they are those of another group of rows
-
-            def run(weights: dict, *args: Any, **kwargs: Any) -> Any:
-                self.update(weights)
-                set_dropout_keys(self, keys)
-                return _original(self, *args, **kwargs)
-
-            # Gradients flow only into arguments of a checkpointed function: the adapter has to be one of them.
-            return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
-
-        _specialise(layer, "__call__", recomputed)
-
-
-def _layers(model: nn.Module) -> Sequence[nn.Module]:
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """Return the layers of a model from input to output."""
     return model.layers
 
 
-def _specialise(module: nn.Module, method: str, function: Callable) -> None:
+def specialise(module: nn.Module, method: str, function: Callable) -> None:
+    """Give one module a method of its own, by a subclass for it alone: its class and others of it stay as they are."""
     module.__class__ = type(type(module).__name__, (type(module),), {method: function})
 
 

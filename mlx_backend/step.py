@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,13 +31,13 @@ def compiler() -> Callable:
 def make_micro_gradient(loss: LossFunction, streams: Streams, dtype: str) -> Callable:
     """Return f(flat weights, gradient, loss sum, 1 / tokens, parts) -> (gradient, loss sum), accumulated.
 
-    `parts` are the groups of rows of one micro-batch, each the arrays that `loss` takes. Their losses are summed
+    `parts` are the groups of rows of one micro-batch, each the arguments that `loss` takes. Their losses are summed
     before the gradient is taken: only then does MLX walk the streams' graphs side by side.
     """
     scale = LOSS_SCALE.get(dtype, 1.0)
 
     def micro_gradient(
-        flat: mx.array, gradient: mx.array, loss_sum: mx.array, per_token: mx.array, parts: list[list[mx.array]]
+        flat: mx.array, gradient: mx.array, loss_sum: mx.array, per_token: mx.array, parts: list[dict[str, Any]]
     ) -> tuple[mx.array, mx.array]:
         def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
             total = streams.sum(partial(loss, weights), parts)

@@ -9,14 +9,16 @@ stream, and this file does nothing there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import mlx.core as mx
 
-from common.batches import split_by_length
+from common.cpus import available_cpus
 from common.engine import MicroBatch
-from mlx_backend.blas import available_cpus, set_blas_threads
+from common.layout import end_to_end, is_packed, split_by_length
+from mlx_backend.blas import set_blas_threads
 
 
 class Streams:
@@ -29,18 +31,19 @@ class Streams:
         self._streams = [mx.new_stream(device) for _ in range(count)] if count > 1 else [mx.default_stream(device)]
 
     def split(self, micro: MicroBatch) -> list[MicroBatch]:
-        """Split a micro-batch into the groups of rows that `sum` will compute side by side."""
+        """Split a micro-batch into the groups of rows that `sum` will compute side by side; drop a CPU's padding."""
         if not self._on_cpu:
             return [micro]
-        set_blas_threads(1 if len(self._streams) > 1 else available_cpus())
-        return split_by_length(micro, len(self._streams))
+        count = len(self._streams)
+        set_blas_threads(1 if count > 1 else available_cpus())
+        return end_to_end(micro, count) if is_packed(micro) else split_by_length(micro, count)
 
-    def sum(self, function: Callable[..., mx.array], parts: Sequence[Sequence[mx.array]]) -> mx.array:
-        """Add up function(*part) over the parts, each on a stream of its own."""
+    def sum(self, function: Callable[..., mx.array], parts: Sequence[Mapping[str, Any]]) -> mx.array:
+        """Add up function(**part) over the parts, each on a stream of its own."""
         totals = []
         for stream, part in zip(self._streams, parts, strict=False):  # a batch may have fewer rows than there are cores
             with mx.stream(stream):
-                totals.append(function(*part))
+                totals.append(function(**part))
         return reduce(operator.add, totals)
 
     def rejoin(self) -> None:

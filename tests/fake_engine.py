@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.batches import supervised_positions
 from common.config import TrainConfig
 from common.engine import Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.flat import FlatLayout
+from common.layout import supervised_positions
 from common.lora import lora_a_key, lora_b_key, scaling
 from common.sampling import Chooser, Sampling
 

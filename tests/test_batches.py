@@ -7,36 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_data import datasets
 
-from common.batches import (
-    BatchPlan,
-    TokenDataset,
-    build_dataset,
-    chain_hash,
-    evaluation_batches,
-    make_micro_batch,
-    padded_length,
-    split_by_length,
-    supervised_positions,
-)
-from common.engine import MicroBatch
+from common.batches import BatchPlan, chain_hash, evaluation_batches
+from common.tokens import TokenDataset, build_dataset
 
 GOLDEN_ORDER = [
     (5, 6, 0, 7, 3, 2, 4, 9, 1, 8),
     (0, 8, 7, 4, 3, 1, 2, 9, 6, 5),
 ]  # of ten examples, seed 42, epochs 0 and 1
-
-
-@st.composite
-def datasets(draw) -> TokenDataset:
-    """Draw examples of 2 to 40 tokens, none of which is 0 (the padding), each with a supervised token."""
-    examples = []
-    for number in range(draw(st.integers(1, 12))):
-        ids = draw(st.lists(st.integers(1, 99), min_size=2, max_size=40))
-        mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-        mask[draw(st.integers(1, len(ids) - 1))] = True
-        examples.append((ids, mask, f"file:{number + 1}"))
-    return build_dataset(examples)
 
 
 def numbered_dataset(count: int) -> TokenDataset:
@@ -48,120 +27,6 @@ def plan_of(
     data: TokenDataset, batch_size: int = 2, accumulation: int = 1, seed: int = 0, epochs: float = 1
 ) -> BatchPlan:
     return BatchPlan(data, batch_size, accumulation, seed, epochs)
-
-
-def test_dataset_gives_back_what_it_was_built_from():
-    data = build_dataset([([3, 4, 5], [False, True, True], "a:1"), ([9], [True], "a:2")])
-    assert len(data) == 2
-    assert data.tokens(0).tolist() == [3, 4, 5] and data.tokens(1).tolist() == [9]
-    assert data.mask(0).tolist() == [False, True, True] and data.mask(1).tolist() == [True]
-    assert (data.token_ids.dtype, data.loss_mask.dtype, data.offsets.dtype) == (np.int32, np.bool_, np.int64)
-    assert data.sources == ["a:1", "a:2"]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        [([3, 4, 6], [False, True, True], "a:1"), ([9, 9], [True, True], "a:2")],
-        [([3, 4, 5], [False, False, True], "a:1"), ([9, 9], [True, True], "a:2")],
-        [([3, 4], [False, True], "a:1"), ([5, 9, 9], [True, True, True], "a:2")],
-        [([9, 9], [True, True], "a:2"), ([3, 4, 5], [False, True, True], "a:1")],
-    ],
-    ids=["a token", "a mask", "a boundary", "the order"],
-)
-def test_fingerprint_changes_with(other):
-    examples = [([3, 4, 5], [False, True, True], "a:1"), ([9, 9], [True, True], "a:2")]
-    fingerprint = build_dataset(examples).fingerprint()
-    assert build_dataset(examples).fingerprint() == fingerprint
-    assert build_dataset(other).fingerprint() != fingerprint
-
-
-def test_fingerprint_does_not_depend_on_where_the_files_lie():
-    here, there = (
-        build_dataset([([3, 4], [False, True], "here:1")]),
-        build_dataset([([3, 4], [False, True], "there:1")]),
-    )
-    assert here.fingerprint() == there.fingerprint()
-
-
-@given(st.integers(1, 300_000))
-def test_padded_length_wastes_at_most_an_eighth_of_a_long_row(length):
-    padded = padded_length(length)
-    assert padded >= length
-    assert padded - length < max(16, length / 8)
-
-
-def test_padded_lengths_are_few_and_never_shrink():
-    lengths = [padded_length(length) for length in range(1, 8193)]
-    assert lengths == sorted(lengths)
-    # Up to 128 in sixteens, then eight an octave for six octaves.
-    assert len(set(lengths)) == 8 + 6 * 8
-
-
-@given(datasets())
-def test_micro_batch_pairs_every_token_with_the_one_after_it(data):
-    batch = make_micro_batch(data, range(len(data)))
-    for row in range(len(data)):
-        tokens, length = data.tokens(row), len(data.tokens(row)) - 1
-        assert batch.token_ids[row, :length].tolist() == tokens[:-1].tolist()
-        assert batch.targets[row, :length].tolist() == tokens[1:].tolist()
-        assert batch.loss_mask[row, :length].tolist() == data.mask(row)[1:].tolist()
-        assert batch.segment_ids[row, :length].tolist() == [1] * length
-        assert batch.position_ids[row, :length].tolist() == list(range(length))
-
-
-@given(datasets())
-def test_padding_is_segment_zero_and_never_supervised(data):
-    batch = make_micro_batch(data, range(len(data)))
-    padding = batch.segment_ids == 0
-    assert padding.sum() == padding.size - sum(len(data.tokens(row)) - 1 for row in range(len(data)))
-    assert not batch.loss_mask[padding].any()
-    assert not batch.token_ids[padding].any() and not batch.targets[padding].any()
-    # Drawn tokens are never 0, the padding, so a supervised target of 0 would be padding.
-    assert (batch.targets[batch.loss_mask] > 0).all()
-
-
-@given(datasets())
-def test_arrays_of_a_micro_batch_have_one_shape_and_the_dtypes_of_the_seam(data):
-    batch = make_micro_batch(data, range(len(data)))
-    width = padded_length(max(len(data.tokens(row)) for row in range(len(data))) - 1)
-    for field in dataclasses.fields(MicroBatch):
-        array = getattr(batch, field.name)
-        assert array.shape == (len(data), width)
-        assert array.dtype == (np.bool_ if field.name == "loss_mask" else np.int32)
-
-
-@given(datasets())
-def test_supervised_positions_name_every_supervised_target_once(data):
-    batch = make_micro_batch(data, range(len(data)))
-    index, targets, weight = supervised_positions(batch)
-    count = int(batch.loss_mask.sum())
-    assert len(index) == len(targets) == len(weight) == padded_length(count)
-    assert weight.tolist() == [1.0] * count + [0.0] * (len(weight) - count)
-    assert index[:count].tolist() == np.flatnonzero(batch.loss_mask).tolist()
-    assert targets[:count].tolist() == batch.targets[batch.loss_mask].tolist()
-    assert (index.dtype, targets.dtype, weight.dtype) == (np.int32, np.int32, np.float32)
-
-
-def test_supervised_positions_of_a_batch_without_any_have_no_weight():
-    data = build_dataset([([1, 2, 3], [True, False, False], "a:1")])
-    _, _, weight = supervised_positions(make_micro_batch(data, [0]))
-    assert len(weight) > 0 and not weight.any()
-
-
-@given(datasets(), st.integers(1, 5))
-def test_splitting_by_length_keeps_every_row_and_cuts_only_padding(data, parts):
-    batch = make_micro_batch(data, range(len(data)))
-    groups = split_by_length(batch, parts)
-    assert len(groups) == min(parts, len(data))
-
-    def rows(part: MicroBatch) -> list[tuple]:
-        arrays = (part.token_ids, part.targets, part.segment_ids, part.position_ids, part.loss_mask)
-        lengths = (part.segment_ids > 0).sum(axis=1)
-        return [tuple(tuple(a[row, :n].tolist()) for a in arrays) for row, n in enumerate(lengths)]
-
-    assert sorted(row for group in groups for row in rows(group)) == sorted(rows(batch))
-    assert sum(int(group.loss_mask.sum()) for group in groups) == batch.loss_mask.sum()
 
 
 @settings(max_examples=60)
@@ -270,3 +135,38 @@ def test_hash_of_the_batches_depends_on_all_before():
     assert chain_hash(chain_hash("", first), second) != chain_hash("", second)
     assert chain_hash(chain_hash("", first), second) != chain_hash(chain_hash("", second), first)
     assert chain_hash("", first) == chain_hash("", plan.step_batch(1))
+
+
+def test_packed_steps_hold_rows_of_many_examples_and_every_example_once_an_epoch():
+    data = numbered_dataset(50)  # two positions each
+    plan = BatchPlan(data, 2, 2, seed=3, num_train_epochs=2, capacity=10)
+    assert plan.steps_per_epoch == 3  # ten rows of five examples, four rows a step
+    for epoch in (0, 1):
+        batches = [plan.step_batch(3 * epoch + step) for step in (1, 2, 3)]
+        assert sorted(example for batch in batches for example in batch.examples) == list(range(50))
+        assert [[micro.token_ids.shape[0] for micro in batch.micro_batches] for batch in batches] == [
+            [2, 2],
+            [2, 2],
+            [2],
+        ]
+        assert [batch.num_tokens for batch in batches] == [40, 40, 20]
+
+
+@given(datasets(), st.integers(1, 3))
+def test_packed_evaluation_counts_every_supervised_token(data, batch_size):
+    batches = list(evaluation_batches(data, batch_size, capacity=64))
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == sum(
+        int(data.mask(row)[1:].sum()) for row in range(len(data))
+    )
+
+
+def test_grouped_steps_pad_less():
+    lengths = np.random.default_rng(0).integers(5, 200, 400)
+    data = build_dataset([([1] * n, [True] * n, f"made:{i}") for i, n in enumerate(lengths)])
+
+    def positions(grouped: bool) -> int:
+        plan = BatchPlan(data, 4, 2, seed=0, num_train_epochs=1, group_by_length=grouped)
+        steps = [plan.step_batch(step) for step in range(1, plan.steps_per_epoch + 1)]
+        return sum(micro.token_ids.size for batch in steps for micro in batch.micro_batches)
+
+    assert positions(grouped=True) < 0.8 * positions(grouped=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_backend.blas import available_cpus, gemm_calls, set_blas_threads, use_fast_blas
+from common.cpus import available_cpus
+from mlx_backend.blas import gemm_calls, set_blas_threads, use_fast_blas
 
 mlx_cpu_only = pytest.mark.skipif(
     sys.platform != "linux" or not list(distributions(name="mlx-cpu")),

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, LLAMA3, NO_SYSTEM, REWRITES_HISTORY, write_tokenizer
 
-from common.batches import BatchPlan, TokenDataset
+from common.batches import BatchPlan
 from common.chat import ChatTokenizer, Encoded
 from common.config import DataConfig, TrainConfig
-from common.dataset import DataReport, _fit, load_dataset
+from common.dataset import load_dataset, report_lines
 from common.errors import UserError
+from common.tokenise import DataReport, fit
+from common.tokens import TokenDataset
 
 QUESTION = {"role": "user", "content": "What is the answer?"}
 ANSWER = {"role": "assistant", "content": "The answer is yes."}
@@ -27,7 +29,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def load(
     *values: dict, template: str = CHATML, max_seq_length: int = 2048, **data
-) -> tuple[TokenDataset, list, DataReport, ChatTokenizer]:
+) -> tuple[TokenDataset, DataReport, ChatTokenizer]:
     write_tokenizer(Path("base"), template)
     Path("data.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     config = TrainConfig(max_seq_length=max_seq_length, data=DataConfig(**data))
@@ -46,12 +48,12 @@ def supervised(data: TokenDataset, tokenizer: ChatTokenizer, row: int) -> str:
 
 
 def test_examples_become_rows_that_name_their_lines():
-    data, examples, report, tokenizer = load(CHAT, {"text": "yes"}, {"prompt": "a", "completion": "b"})
-    assert len(data) == len(examples) == report.num_examples == 3
-    assert list(data.sources) == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
+    data, report, tokenizer = load(CHAT, {"text": "yes"}, {"prompt": "a", "completion": "b"})
+    assert len(data) == report.num_records == 3
+    assert list(data.places) == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
     assert supervised(data, tokenizer, 0) == "The answer is yes.<|im_end|>"
     assert supervised(data, tokenizer, 2) == "b<|im_end|>"
-    assert report.lines(TrainConfig()) == []
+    assert report_lines(report, TrainConfig()) == []
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
@@ -64,9 +66,9 @@ def test_counted_tokens_are_those_that_steps_train(train_on):
 
 def test_train_on_chooses_the_answers():
     messages = {"messages": [QUESTION, {**ANSWER, "content": "One."}, QUESTION, {**ANSWER, "content": "Two."}]}
-    data, *_, tokenizer = load(messages)
+    data, _, tokenizer = load(messages)
     assert supervised(data, tokenizer, 0) == "One.<|im_end|>Two.<|im_end|>"
-    data, *_, tokenizer = load(messages, train_on="last_assistant")
+    data, _, tokenizer = load(messages, train_on="last_assistant")
     assert supervised(data, tokenizer, 0) == "Two.<|im_end|>"
     data, *_ = load(messages, train_on="all")
     assert data.loss_mask.sum() == len(data.token_ids) - 1
@@ -81,18 +83,18 @@ def lengths() -> tuple[int, int]:
 def test_an_example_as_long_as_the_limit_is_whole():
     total, _ = lengths()
     for truncation in ("truncate", "error", "drop", "split"):
-        data, _, report, _ = load(CHAT, max_seq_length=total, truncation=truncation)
+        data, report, _ = load(CHAT, max_seq_length=total, truncation=truncation)
         assert len(data.token_ids) == total and report.truncated == 0
 
 
 def test_truncate_keeps_the_beginning_and_counts_what_is_lost():
     _, start = lengths()
     whole = load(CHAT)[0]
-    data, _, report, _ = load(CHAT, max_seq_length=start + 2, truncation="truncate")
+    data, report, _ = load(CHAT, max_seq_length=start + 2, truncation="truncate")
     assert data.token_ids.tolist() == whole.token_ids[: start + 2].tolist()
     assert (report.truncated, report.dropped) == (1, 0)
     assert report.lost_loss_tokens == whole.loss_mask.sum() - 2
-    assert report.lines(TrainConfig(max_seq_length=start + 2)) == [
+    assert report_lines(report, TrainConfig(max_seq_length=start + 2)) == [
         f"1 examples longer than max_seq_length {start + 2} were cut, {report.lost_loss_tokens} supervised tokens lost"
     ]
 
@@ -100,17 +102,17 @@ def test_truncate_keeps_the_beginning_and_counts_what_is_lost():
 def test_an_example_whose_answer_is_cut_off_is_left_out_and_counted():
     _, start = lengths()
     text = {"text": "yes"}
-    data, _, report, _ = load(CHAT, text, max_seq_length=start, truncation="truncate")
-    assert list(data.sources) == ["data.jsonl:2"]
-    assert (report.truncated, report.dropped, report.num_examples) == (1, 1, 1)
-    assert "1 examples without a supervised token were left out" in report.lines(TrainConfig())
+    data, report, _ = load(CHAT, text, max_seq_length=start, truncation="truncate")
+    assert list(data.places) == ["data.jsonl:2"]
+    assert (report.truncated, report.dropped, len(data)) == (1, 1, 1)
+    assert "1 examples without a supervised token were left out" in report_lines(report, TrainConfig())
 
 
 def test_drop_leaves_long_examples_out_and_counts_them():
     total, _ = lengths()
     whole = load(CHAT)[0]
-    data, _, report, _ = load(CHAT, {"text": "yes"}, max_seq_length=total - 1, truncation="drop")
-    assert list(data.sources) == ["data.jsonl:2"]
+    data, report, _ = load(CHAT, {"text": "yes"}, max_seq_length=total - 1, truncation="drop")
+    assert list(data.places) == ["data.jsonl:2"]
     assert (report.truncated, report.lost_loss_tokens) == (1, whole.loss_mask.sum())
 
 
@@ -121,10 +123,10 @@ def test_error_names_the_example_its_length_and_the_limit():
 
 
 def test_split_makes_rows_of_one_source():
-    data, _, report, _ = load(
+    data, report, _ = load(
         {"text": "Hello there, how are you? I am fine, thank you."}, max_seq_length=5, truncation="split"
     )
-    assert len(data) > 2 and set(data.sources) == {"data.jsonl:1"}
+    assert len(data) > 2 and set(data.places) == {"data.jsonl:1"}
     assert max(len(data.tokens(row)) for row in range(len(data))) == 5
     assert (report.truncated, report.lost_loss_tokens) == (1, 0)
 
@@ -132,8 +134,7 @@ def test_split_makes_rows_of_one_source():
 @settings(max_examples=200)
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(2, 20))
 def test_split_trains_every_supervised_token_exactly_once_and_from_the_one_before(mask, limit):
-    config = TrainConfig(max_seq_length=limit, data=DataConfig(truncation="split"))
-    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, DataReport()))
+    pieces = list(fit(Encoded(list(range(len(mask))), mask), limit, "split", DataReport()))
     assert all(len(piece.token_ids) == len(piece.loss_mask) <= limit for piece in pieces)
     trained = [
         (piece.token_ids[i - 1], piece.token_ids[i])
@@ -148,9 +149,8 @@ def test_split_trains_every_supervised_token_exactly_once_and_from_the_one_befor
 @settings(max_examples=200)
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 40), st.sampled_from(["truncate", "drop"]))
 def test_supervised_tokens_kept_and_lost_are_all_there_were(mask, limit, truncation):
-    config = TrainConfig(max_seq_length=limit, data=DataConfig(truncation=truncation))
     report = DataReport()
-    pieces = list(_fit(Encoded(list(range(len(mask))), mask), config, report))
+    pieces = list(fit(Encoded(list(range(len(mask))), mask), limit, truncation, report))
     assert sum(sum(piece.loss_mask) for piece in pieces) + report.lost_loss_tokens == sum(mask[1:])
     assert report.truncated == (len(mask) > limit)
 
@@ -171,16 +171,18 @@ def test_conversations_that_the_template_refuses_are_told_all_at_once():
 
 def test_conversations_that_the_template_refuses_can_be_skipped():
     thinking = {"messages": [QUESTION, {**ANSWER, "content": "<think>so</think>Yes."}, QUESTION, ANSWER]}
-    data, examples, report, _ = load(thinking, CHAT, {"text": "\ud800"}, template=REWRITES_HISTORY, on_error="skip")
-    assert list(data.sources) == ["data.jsonl:2"] and [each.source for each in examples] == ["data.jsonl:2"]
-    assert [line.split(": ")[0] for line in report.skipped] == ["data.jsonl:1", "data.jsonl:3"]
-    assert report.lines(TrainConfig())[0].startswith("2 unusable lines were left out, the first: data.jsonl:1: ")
+    data, report, _ = load(thinking, CHAT, {"text": "\ud800"}, template=REWRITES_HISTORY, on_error="skip")
+    assert list(data.places) == ["data.jsonl:2"]
+    assert [line.split(": ")[0] for line in report.errors] == ["data.jsonl:1", "data.jsonl:3"]
+    assert report_lines(report, TrainConfig())[0].startswith(
+        "2 unusable records were left out, the first: data.jsonl:1: "
+    )
 
 
 def test_skipped_lines_of_the_reader_and_of_the_template_are_counted_together():
     bad = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER]}
-    _, _, report, _ = load({"nonsense": 1}, bad, CHAT, template=NO_SYSTEM, on_error="skip")
-    assert [line.split(": ")[0] for line in report.skipped] == ["data.jsonl:1", "data.jsonl:2"]
+    _, report, _ = load({"nonsense": 1}, bad, CHAT, template=NO_SYSTEM, on_error="skip")
+    assert [line.split(": ")[0] for line in report.errors] == ["data.jsonl:1", "data.jsonl:2"]
 
 
 def test_same_files_give_the_same_fingerprint_and_another_template_another():

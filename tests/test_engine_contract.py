@@ -7,9 +7,10 @@ import pytest
 from engines import ENGINES, make_batches, open_fresh
 
 from common.adapter import peft_config, write_adapter
-from common.batches import BatchPlan, make_micro_batch
+from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import TrainState
+from common.layout import make_micro_batch
 from common.lora import initial_weights
 from common.sampling import Sampling
 from common.trainer import total_loss
@@ -182,6 +183,25 @@ def test_generation_stops_at_the_stop_token_and_sampling_repeats_by_seed(name: s
     assert generate_all(engine, prompts, warm) != generate_all(engine, prompts, Sampling(12, temperature=1.5, seed=2))
 
 
+def test_prompts_with_a_common_beginning_are_answered_as_each_alone(name: str, llama: Path) -> None:
+    engine, beginning = open_fresh(name, llama), list(range(30, 42))
+    prompts = [[*beginning, 7, 9], beginning, [*beginning, 5, 6, 7, 8, 9, 10, 11], [*beginning, 300]]
+    expected = [transformers_generate(llama, prompt, 10) for prompt in prompts]
+    assert generate_all(engine, prompts, Sampling(10)) == expected
+
+
+def test_rows_that_end_leave_the_others_as_they_are(name: str, llama: Path) -> None:
+    engine, prompts = open_fresh(name, llama), [[n, n + 1, n + 2] for n in range(20, 120, 10)]
+    free = generate_all(engine, prompts, Sampling(16))
+    stops = frozenset(row[place] for row, place in zip(free, range(1, 9), strict=False))  # most end, at many places
+    expected = [row[: next((i + 1 for i, token in enumerate(row) if token in stops), 16)] for row in free]
+    assert len({len(row) for row in expected}) > 4
+    assert generate_all(engine, prompts, Sampling(16, stop_ids=stops)) == expected
+    warm = [generate_all(engine, prompts, Sampling(16, temperature=0.8, stop_ids=ids)) for ids in (frozenset(), stops)]
+    for whole, row in zip(*warm, strict=True):
+        assert row == whole[: len(row)]  # a row's draws do not depend on who else is still there
+
+
 def test_generation_after_training_uses_the_trained_weights(name: str, llama: Path) -> None:
     engine = open_fresh(name, llama)
     before = generate_all(engine, [[5, 9, 11]], Sampling(8))
@@ -262,7 +282,7 @@ def peft_training(llama: Path, targets, state: TrainState, plan: BatchPlan, step
     )
     norms = []
     for step in range(1, steps + 1):
-        micro = make_micro_batch(plan.data, plan.step_batch(step).examples)
+        micro = make_micro_batch(plan.data, [[example] for example in plan.step_batch(step).examples])
         logits = model(torch.from_numpy(micro.token_ids.astype(np.int64))).logits
         mask = torch.from_numpy(micro.loss_mask)
         loss = F.cross_entropy(logits[mask], torch.from_numpy(micro.targets.astype(np.int64))[mask])

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from engines import make_batches, open_fresh
 
-from common.batches import BatchPlan, build_dataset, chain_hash
+from common.batches import BatchPlan, chain_hash
 from common.chat import ChatTokenizer
 from common.config import DataConfig, LoraConfig
 from common.engine import Engine
 from common.lora import initial_weights
 from common.records import read_examples
 from common.schedule import learning_rate_at
+from common.tokens import build_dataset
 from common.trainer import total_loss
 
 # DESIGN.md section 3: float32 on the CPU. Measured: 2e-6 and 4e-5.
@@ -37,13 +38,16 @@ def train(engine: Engine, plan: BatchPlan, steps: int, peak: float = 5e-3) -> tu
     "lora", [LoraConfig(), LoraConfig(r=4, lora_alpha=12, use_rslora=True)], ids=["lora", "rslora"]
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_twenty_steps_agree_between_the_engines(tied: bool, lora: LoraConfig, llama: Path, tied_llama: Path) -> None:
+@pytest.mark.parametrize("capacity", [None, 64], ids=["padded", "packed"])
+def test_twenty_steps_agree_between_the_engines(
+    capacity: int | None, tied: bool, lora: LoraConfig, llama: Path, tied_llama: Path
+) -> None:
     directory = tied_llama if tied else llama
     runs = {}
     for name in ("mlx", "torch"):
-        engine = open_fresh(name, directory, lora=lora, weight_decay=0.01)
+        engine = open_fresh(name, directory, lora=lora, weight_decay=0.01, packing=capacity is not None)
         start = engine.read_state().weights
-        plan = BatchPlan(make_batches(), batch_size=3, accumulation=2, seed=7, num_train_epochs=6)
+        plan = BatchPlan(make_batches(), batch_size=3, accumulation=2, seed=7, num_train_epochs=20, capacity=capacity)
         losses, digest = train(engine, plan, STEPS)
         runs[name] = start, losses, digest, engine.read_state().weights, engine.target_modules()
     (start_a, losses_a, digest_a, final_a, targets_a), (start_b, losses_b, digest_b, final_b, targets_b) = runs.values()

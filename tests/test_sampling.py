@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from common.sampling import Chooser, Sampling, left_padded, truncated_probabilities
+from common.sampling import (
+    Chooser,
+    Sampling,
+    left_padded,
+    shared_beginning,
+    shifted_columns,
+    truncated_probabilities,
+)
 
 # Distinct logits far apart: ties are broken differently by different sorts, and are tested by themselves.
 LOGITS = npst.arrays(np.int64, (3, 12), elements=st.integers(-400, 400), unique=True).map(lambda a: a / 50.0)
@@ -110,3 +117,21 @@ def test_prompts_are_aligned_at_their_ends():
     assert rows.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
     assert rows.dtype == np.int32
     assert padding == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"),
+    [
+        ([[*range(10), 3], [*range(10), 4, 5]], 10),
+        ([[*range(10)], [*range(10)]], 9),  # every row still computes its last token
+        ([[*range(10), 3]], 0),  # nothing to share it with
+        ([[*range(7), 3, 3], [*range(7), 4, 4]], 0),  # too short
+        ([[1, *range(10)], [*range(11)]], 0),
+    ],
+)
+def test_a_common_beginning_is_shared_where_it_is_worth_it(prompts, count):
+    assert shared_beginning(prompts) == count
+
+
+def test_a_common_beginning_stands_behind_each_rows_padding():
+    assert shifted_columns(4, [0, 1, 3]).tolist() == [[0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 0]]

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from common.adapter import peft_config
-from common.batches import BatchPlan, TokenDataset, build_dataset, chain_hash
+from common.batches import BatchPlan, chain_hash
 from common.checkpoint import AdapterFiles, load_checkpoint
 from common.config import DataConfig, LoraConfig, TrainConfig
 from common.engine import TrainState
@@ -21,6 +21,7 @@ from common.lora import initial_weights
 from common.metrics import MetricsLog, read_metrics
 from common.run import Identity, RunFolder
 from common.signals import StopRequest, stop_on_signals
+from common.tokens import TokenDataset, build_dataset
 from common.trainer import Progress, Trainer, mean_loss
 
 KEYS = {
@@ -447,7 +448,7 @@ def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_and_says_why(
         run.train()
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("step 5: loss ") and "gradient norm nan: the update was skipped and the run" in lines[0]
-    sources = [run.data.sources[row] for row in run.plan.step_batch(5).examples]
+    sources = [run.data.places[row] for row in run.plan.step_batch(5).examples]
     assert lines[1] == f"examples of that step: {', '.join(sources)}"
     assert "lower learning_rate" in lines[2]
     assert run.saved == [6]  # step 6 was under way when step 5 was fetched

@@ -6,6 +6,7 @@ it and `fetch` waits for that copy alone, one step behind.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.batches import supervised_positions
 from common.config import LoraConfig, TrainConfig
 from common.engine import LOSS_SCALE, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.layout import end_to_end, is_packed, supervised_positions
 from common.lora import seed_of
 from common.memory import process_memory
 from common.sampling import Sampling
+from torch_backend.attention import PackedAttention, packed_arguments
 from torch_backend.generate import generate
 from torch_backend.lora import Adapter, inject
 from torch_backend.loss import LossFunction
@@ -53,6 +55,7 @@ class TorchEngine:
         self._device = device
         self._base = load_base(model_dir, self.dtype, config.quantization, device)
         self._selection = select_at_head(self._base)
+        self._packing = PackedAttention(self._base) if config.packing else None
         if config.gradient_checkpointing:
             checkpoint_layers(self._base)
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
@@ -92,7 +95,7 @@ class TorchEngine:
         loss_sum = torch.zeros((), device=self._device)
         for index, micro in enumerate(batch.micro_batches):
             torch.manual_seed(seed_of(f"{self._config.seed}:{batch.step}:{index}") >> 1)  # it takes 63 bits
-            loss = self._loss(*self._to_device(micro))
+            loss = self._loss_of(micro)
             (loss * (scale / batch.num_loss_tokens)).backward()
             loss_sum += loss.detach()
         gradient = self._adapter.gradient / scale
@@ -105,7 +108,7 @@ class TorchEngine:
     def eval_step(self, batch: MicroBatch) -> PendingStep:
         """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
         self._model.eval()
-        loss = self._loss(*self._to_device(batch))
+        loss = self._loss_of(batch)
         return self._pending(int(batch.loss_mask.sum()), torch.stack([loss, loss * 0, torch.ones_like(loss)]))
 
     def fetch(self, handle: PendingStep) -> StepResult:
@@ -118,7 +121,8 @@ class TorchEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
         self._model.eval()
-        with self._loss.autocast():
+        own_attention = self._packing.suspended() if self._packing else contextlib.nullcontext()
+        with self._loss.autocast(), own_attention:
             yield from generate(self._model, self._base.config, self._device, prompts, sampling)
 
     def memory(self) -> MemoryUse:
@@ -135,10 +139,15 @@ class TorchEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _to_device(self, micro: MicroBatch) -> list[torch.Tensor]:
+    def _loss_of(self, micro: MicroBatch) -> torch.Tensor:
+        packed = {}
+        if is_packed(micro):
+            assert self._packing, "a packed batch for an engine whose config says packing: false"
+            (micro,) = end_to_end(micro)
+            packed = packed_arguments(micro, self._device)
         index, targets, weight = supervised_positions(micro)
         arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
-        return [torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays]
+        return self._loss(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays), packed)
 
     def _pending(self, num_loss_tokens: int, results: torch.Tensor) -> PendingStep:
         if self._device.type != "cuda":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +23,21 @@ class LossFunction:
         self._device = device
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        packed: Mapping[str, Any],
     ) -> torch.Tensor:
-        """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,)."""
+        """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,).
+
+        `packed` is what torch_backend/attention.py needs for a row of several examples, else empty.
+        """
         self._selection.positions = positions
         with self.autocast():
             # Padding is on the right and attention causal: no real token can see it, so no mask is needed.
-            logits = self._model(input_ids=token_ids, use_cache=False).logits
+            logits = self._model(input_ids=token_ids, use_cache=False, **packed).logits
         self._selection.positions = None
         return (F.cross_entropy(logits.float(), targets, reduction="none") * counted).sum()
 

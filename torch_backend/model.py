@@ -59,7 +59,6 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
             config=_without_dropout(AutoConfig.from_pretrained(directory)),
             dtype=DTYPES[dtype],
             device_map={"": device},
-            attn_implementation="sdpa",
             quantization_config=_bitsandbytes_config(quantization, dtype),
             local_files_only=True,
             output_loading_info=True,

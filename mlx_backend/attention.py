@@ -1,0 +1,146 @@
+"""Attention for packed rows on MLX: each example attends to itself, whatever the architecture's attention is.
+
+The hook is around a layer's whole attention module, so no architecture is written twice. On the CPU the examples
+of a row are laid side by side for the module, as rows padded to a like length, and end to end again after it:
+positions restart, nothing is computed across examples, and only the projections see a little padding. On a GPU
+every row goes through the module with a block-diagonal mask, so that shapes stay few for `mx.compile`; positions do
+not restart there, which rotary embeddings, being relative, do not feel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from common.engine import MicroBatch
+from common.errors import UserError
+from common.layout import example_lengths, side_by_side
+from mlx_backend.model import decoder_layers, specialise
+
+ATTENTION = ("self_attn", "attention", "attn")  # mlx-lm's names of a layer's attention
+ABSOLUTE = ("wpe", "embed_positions", "position_embedding", "position_embeddings")  # of learned positions
+
+
+class Arrangement(Protocol):
+    """Know how the examples of one micro-batch stand, and run an attention module so that they stay apart."""
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
+        """Map (B, T, D) to (B, T, D)."""
+
+
+class Packing:
+    """Hold the arrangement that the model's attention layers follow; None: each row is one example."""
+
+    arrangement: Arrangement | None = None
+
+    @contextlib.contextmanager
+    def follow(self, arrangement: Arrangement | None) -> Iterator[None]:
+        """Set the arrangement for as long as the context lasts."""
+        previous, self.arrangement = self.arrangement, arrangement
+        try:
+            yield
+        finally:
+            self.arrangement = previous
+
+
+def separate_examples(model: nn.Module, model_dir: Path) -> Packing:
+    """Put the hook around every layer's attention; raises UserError for layers that have none."""
+    packing = Packing()
+    for path, _ in model.named_modules():
+        if path.rsplit(".", 1)[-1] in ABSOLUTE:
+            raise UserError(f"packing: {model_dir} has learned positions ({path}), one a row; write packing: false")
+    for number, layer in enumerate(decoder_layers(model)):
+        attention = next((layer[name] for name in ATTENTION if name in layer), None)
+        if attention is None:
+            raise UserError(
+                f"packing: layer {number} of {model_dir} has no attention to keep examples apart in "
+                f"(its parts are {', '.join(layer.children())}); write packing: false"
+            )
+        _hook(attention, packing)
+    return packing
+
+
+def _hook(attention: nn.Module, packing: Packing) -> None:
+    original = type(attention).__call__
+
+    def separated(self: nn.Module, x: mx.array, mask: Any = None, *args: Any, **kwargs: Any) -> mx.array:
+        if packing.arrangement is None:
+            return original(self, x, mask, *args, **kwargs)
+        # In training there is no cache, the only other thing that layers hand to their attention.
+        return packing.arrangement.attend(lambda x, mask: original(self, x, mask), x, mask)
+
+    specialise(attention, "__call__", separated)
+
+
+class SideBySide:
+    """Lay the examples of one row (1, N) side by side, in groups (S, T) of like length."""
+
+    def __init__(self, row: MicroBatch) -> None:
+        """Arrange a row that common.layout.end_to_end made."""
+        indices = side_by_side(example_lengths(row))
+        index = np.concatenate([index.reshape(-1) for index in indices])
+        padding = int((index < 0).sum())
+        self._shapes = [index.shape for index in indices]
+        self._index = mx.array(index)
+        self._inverse = mx.array(np.argsort(index, kind="stable")[padding:].astype(np.int32))
+        self._valid = mx.array(index[:, None] >= 0)
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
+        """Map (1, N, D) to (1, N, D)."""
+        spread = _spread(x[0], self._index, self._inverse)
+        outputs, start = [], 0
+        for rows, width in self._shapes:
+            group = spread[start : start + rows * width].reshape(rows, width, -1)
+            # The upper left corner of a mask made for N positions, causal or of a window, is that for `width`.
+            outputs.append(attention(group, mask[..., :width, :width] if isinstance(mask, mx.array) else mask))
+            start += rows * width
+        joined = mx.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
+        return _gather(joined, self._index, self._inverse, self._valid)[None]
+
+
+class Masked:
+    """Keep the examples of rows (B, T) apart by a block-diagonal mask."""
+
+    def __init__(self, segment_ids: mx.array) -> None:
+        position = mx.arange(segment_ids.shape[1])
+        self._same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (position[:, None] >= position[None, :])
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
+        """Map (B, T, D) to (B, T, D), row by row: a mask of two axes is what every architecture takes."""
+        masks = [same & mask if isinstance(mask, mx.array) else same for same in self._same]
+        return mx.concatenate([attention(x[b : b + 1], masks[b]) for b in range(len(x))])
+
+
+@mx.custom_function
+def _spread(flat: mx.array, index: mx.array, inverse: mx.array) -> mx.array:
+    """Copy rows (N, D) to their places (P, D); padding holds the last row, which nothing reads."""
+    return flat[index]
+
+
+@_spread.vjp
+def _spread_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Gather: MLX would scatter and add, several times slower, as it can't know that each row was copied once."""
+    _, index, inverse = primals
+    return cotangent[inverse], mx.zeros_like(index), mx.zeros_like(inverse)
+
+
+@mx.custom_function
+def _gather(spread: mx.array, index: mx.array, inverse: mx.array, valid: mx.array) -> mx.array:
+    """Copy rows back from their places: (P, D) to (N, D)."""
+    return spread[inverse]
+
+
+@_gather.vjp
+def _gather_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Spread the gradient, zero on padding."""
+    _, index, inverse, valid = primals
+    gradient = mx.where(valid, cotangent[index], mx.array(0, cotangent.dtype))
+    return gradient, mx.zeros_like(index), mx.zeros_like(inverse), mx.zeros_like(valid)

@@ -1,0 +1,100 @@
+"""Packed rows train what the same examples train one by one, on both engines and for every kind of attention."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import ENGINES, make_batches, open_fresh
+from tiny_models import FAMILIES, write_family
+
+from common.batches import BatchPlan
+from common.engine import Engine, StepBatch, TrainState
+from common.layout import end_to_end, make_micro_batch
+from common.sampling import Sampling
+
+# The sum of some hundred float32 terms, in another order.
+LOSS_TOLERANCE = 2e-6
+GRADIENT_TOLERANCE = 2e-5  # of the largest entry of a tensor
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {family: write_family(folder / family, family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("llama", True), ("gemma2", True)]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_loss_and_gradient_are_those_of_the_examples_one_by_one(name, family, checkpointing, checkpoints):
+    engine = open_fresh(name, checkpoints[family], packing=True, gradient_checkpointing=checkpointing, max_grad_norm=0)
+    data = make_batches(14)
+    packed = BatchPlan(data, 2, 2, seed=0, num_train_epochs=1, capacity=120).step_batch(1)
+    assert max(micro.segment_ids.max() for micro in packed.micro_batches) > 3
+    alone = StepBatch(
+        packed.step,
+        packed.epoch,
+        tuple(make_micro_batch(data, [[example]]) for example in packed.examples),
+        packed.num_loss_tokens,
+        packed.num_tokens,
+        packed.examples,
+    )
+    (loss, gradient), (expected_loss, expected) = (gradient_of(engine, batch) for batch in (packed, alone))
+    assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
+    for key, tensor in expected.items():
+        assert np.abs(tensor).max() > 1e-6
+        np.testing.assert_allclose(gradient[key], tensor, atol=GRADIENT_TOLERANCE * np.abs(tensor).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_example_sees_the_one_before_it(name, checkpoints):
+    engine = open_fresh(name, checkpoints["llama"], packing=True)
+    data = make_batches(3)
+
+    def second_example_loss(first: int) -> float:
+        batch = make_micro_batch(data, [[first, 2]])
+        batch.loss_mask[batch.segment_ids != 2] = False
+        return engine.fetch(engine.eval_step(batch)).loss_sum
+
+    assert second_example_loss(0) == pytest.approx(second_example_loss(1), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_generation_is_as_without_packing(name, checkpoints):
+    prompts = [[5, 9, 11, 40, 3, 7, 20, 21, 22, 23], [6, 7]]
+    packing, plain = (open_fresh(name, checkpoints["gemma3_text"], packing=packing) for packing in (True, False))
+    list(packing.generate(prompts, Sampling(3)))
+    packing.fetch(packing.eval_step(make_micro_batch(make_batches(3), [[0, 1, 2]])))
+    assert list(packing.generate(prompts, Sampling(8))) == list(plain.generate(prompts, Sampling(8)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints):
+    import mlx.core as mx
+
+    from common.config import QuantizationConfig
+    from mlx_backend.attention import Masked, SideBySide, separate_examples
+    from mlx_backend.model import choose_device, load_base
+
+    choose_device("cpu")
+    model = load_base(checkpoints[family], "float32", QuantizationConfig())
+    packing = separate_examples(model, checkpoints[family])
+    (row,) = end_to_end(make_micro_batch(make_batches(5), [range(5)]))
+    logits = []
+    for arrangement in (Masked(mx.array(row.segment_ids)), SideBySide(row)):
+        with packing.follow(arrangement):
+            logits.append(np.array(model(mx.array(row.token_ids))))
+    # Positions restart in one and not in the other: rotations by angles a hundred times as large.
+    np.testing.assert_allclose(logits[0], logits[1], atol=2e-4 * np.abs(logits[1]).max(), rtol=0)
+
+
+def gradient_of(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
+    rng = np.random.default_rng(1)
+    state = TrainState.fresh(
+        {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in engine.adapter_shapes().items()}
+    )
+    engine.load_state(state)
+    result = engine.fetch(engine.train_step(batch, 1e-3))
+    return result.loss_sum, engine.read_state().moment1
