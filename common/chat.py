@@ -69,8 +69,9 @@ class ChatTokenizer:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if settings.get(name)
         }
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._tokens = {token.content: token.special for token in added}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._tokens = {token.content: token.special for token in added.values()}
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._added = TokenTexts(self._tokens)
         self._source = _template_source(directory, settings)
         self.eos_id = self._token_id(self._special.get("eos_token"))

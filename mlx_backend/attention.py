@@ -113,7 +113,8 @@ class Masked:
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
         """Map (B, T, D) to (B, T, D), row by row: a mask of two axes is what every architecture takes."""
-        masks = [same & mask if isinstance(mask, mx.array) else same for same in self._same]
+        # By index: to iterate over an array is what mx.compile can't trace ("_Map_base::at").
+        masks = [self._same[b] & mask if isinstance(mask, mx.array) else self._same[b] for b in range(len(x))]
         return mx.concatenate([attention(x[b : b + 1], masks[b]) for b in range(len(x))])
 
 

@@ -89,6 +89,28 @@ def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints):
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-4 * np.abs(logits[1]).max(), rtol=0)
 
 
+def test_masked_rows_can_be_compiled_on_mlx(checkpoints):
+    # Only GPUs compile (mlx_backend/step.py); here it is tried without one.
+    import mlx.core as mx
+
+    from common.config import QuantizationConfig
+    from mlx_backend.attention import Masked, separate_examples
+    from mlx_backend.model import choose_device, load_base
+
+    choose_device("cpu")
+    model = load_base(checkpoints["llama"], "float32", QuantizationConfig())
+    packing = separate_examples(model, checkpoints["llama"])
+
+    def logits(token_ids: mx.array, segment_ids: mx.array) -> mx.array:
+        with packing.follow(Masked(segment_ids)):
+            return model(token_ids)
+
+    batch = make_micro_batch(make_batches(5), [range(2), range(2, 5)])
+    arrays = mx.array(batch.token_ids), mx.array(batch.segment_ids)
+    # Fused elementwise work rounds otherwise.
+    np.testing.assert_allclose(np.array(mx.compile(logits)(*arrays)), np.array(logits(*arrays)), atol=1e-4)
+
+
 def gradient_of(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, np.ndarray]]:
     """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
     rng = np.random.default_rng(1)
