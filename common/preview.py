@@ -23,7 +23,7 @@ from common.layout import padded_length
 from common.tokenise import DataReport
 from common.tokens import TokenDataset
 
-BAR = 40  # characters of the histogram's longest bar
+BAR = 24  # characters of the histogram's longest bar
 
 
 @dataclass(frozen=True)
