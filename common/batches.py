@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.data.tokens import TokenDataset
 from common.engine import MicroBatch, StepBatch
 from common.layout import make_micro_batch
 from common.rows import RowOrder, pack, single
-from common.tokens import TokenDataset
 
 if TYPE_CHECKING:
     from common.config import TrainConfig

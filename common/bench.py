@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from common.batches import BatchPlan
-from common.chat import ChatTokenizer
 from common.config import TrainConfig, require_trainable
-from common.dataset import load_training
+from common.data.chat import ChatTokenizer
+from common.data.dataset import load_training
 from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.hub import resolve_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from common.best import Best
 from common.config import TrainConfig
 from common.engine import Engine
 from common.metrics import read_metrics
@@ -25,6 +26,7 @@ Trained by twintune with the {engine} engine on {device} ({versions}).
 | --- | --- |
 | data | {data} |
 | steps, epochs | {steps}, {epochs:.2f} |
+| weights | {weights} |
 | last training loss | {loss} |
 | last validation loss | {eval_loss} |
 | rank, alpha, dropout | {r}, {alpha}, {dropout} |
@@ -45,10 +47,11 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 
-def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics: Path) -> str:
-    """Write the model card of a run from its config, how far it came, and its metrics."""
+def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics: Path, best: Best | None = None) -> str:
+    """Write the model card of a run from its config, how far it came, its metrics, and the best step if shipped."""
     rows = read_metrics(metrics)
-    evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return CARD.format(
         base=config.model_name_or_path,
         base_literal=json.dumps(config.model_name_or_path),
@@ -58,7 +61,8 @@ def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics:
         data=", ".join(f"`{path}`" for path in config.data.train),
         steps=progress.step,
         epochs=progress.epoch,
-        loss=f"{rows[-1]['loss']:.4f}" if rows else "not measured",
+        weights=f"the best: {best}" if best else "of the last step",
+        loss=f"{losses[-1]:.4f}" if losses else "not measured",
         eval_loss=f"{evaluated[-1]:.4f}" if evaluated else "not measured",
         r=config.lora.r,
         alpha=config.lora.lora_alpha,

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from common.adapter import WEIGHTS_NAME, check_adapter, read_adapter, save_tensors, write_adapter
 from common.engine import TrainState
 from common.errors import UserError
-from common.files import new_folder
+from common.files import new_folder, remove_folder
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "trainer_state.json"
@@ -43,8 +43,11 @@ class TrainerState:
     base_fingerprint: str
     engine: str
     versions: Mapping[str, str]
-    best_metric: float | None = None
+    best_metric: float | None = None  # the lowest validation loss so far
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
     nonfinite_steps: int = 0
+    adapter_fingerprint: str = ""  # of the weights the run began from; none: a fresh adapter
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class AdapterFiles:
 
 
 def save_checkpoint(output_dir: Path, state: TrainState, trainer: TrainerState, files: AdapterFiles) -> Path:
-    """Write checkpoint-<step>, atomically; raises UserError when the disk is full or can't be written."""
+    """Write checkpoint-<step>, atomically; raises DiskError when the disk is full or can't be written."""
     directory = output_dir / f"checkpoint-{trainer.step}"
     num_bytes = 3 * sum(array.nbytes for array in state.weights.values())
     num_bytes += sum(path.stat().st_size for path in files.tokenizer) + 100_000
@@ -117,7 +120,12 @@ def damage(directory: Path) -> str | None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Give the step in the name of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def newest_intact(output_dir: Path, damaged: list[str]) -> Path | None:
@@ -130,10 +138,16 @@ def newest_intact(output_dir: Path, damaged: list[str]) -> Path | None:
     return None
 
 
-def remove_old(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest checkpoints."""
-    for path in checkpoints(output_dir)[keep:] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
+def remove_old(output_dir: Path, keep: int | None, newest: int | None = None, best: int | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints and, besides, that of step `best`.
+
+    Those beyond step `newest`, where the run stands, are damaged or of a course that the run has left when it was
+    resumed from an earlier one: they count as the oldest.
+    """
+    found = sorted(checkpoints(output_dir), key=lambda path: newest is not None and step_of(path) > newest)
+    for path in found[keep:] if keep else []:
+        if step_of(path) != best:
+            remove_folder(path)
 
 
 def _sha256(path: Path) -> str:

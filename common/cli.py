@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from common.errors import TwintuneError, UserError
+from common.signals import LastingStream, outlive_terminal
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
@@ -58,7 +59,9 @@ def train(
     device: DeviceOption = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[auto|DIR]", help="Go on from the newest intact checkpoint, or from this one."),
+        typer.Option(
+            metavar="[auto|DIR]", help="Go on from the newest intact checkpoint, from this one, or from an adapter."
+        ),
     ] = None,
     allow_changed: Annotated[bool, typer.Option(help="Resume although config, data or base changed.")] = False,
     overrides: SetOption = None,
@@ -69,7 +72,9 @@ def train(
     from common import launch
 
     request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]))
-    launch.train(_load(config, engine, device, overrides), request, Console())
+    settings = _load(config, engine, device, overrides)
+    with outlive_terminal():
+        launch.train(settings, request, Console())
 
 
 @app.command(epilog="Example: twintune evaluate --config configs/quickstart.yaml --adapter outputs/quickstart/final")
@@ -229,8 +234,9 @@ def _with_bare_resume(arguments: list[str]) -> list[str]:
 
 
 def _leave(message: str, code: int) -> None:
-    sys.stdout.flush()
-    print(message if code == 130 else f"error: {message}", file=sys.stderr)
+    errors = LastingStream(sys.stderr)  # whoever read our output may be gone: the exit code is the same
+    LastingStream(sys.stdout).flush()
+    print(message if code == 130 else f"error: {message}", file=errors, flush=True)
     sys.exit(code)
 
 

@@ -26,6 +26,7 @@ from common.config_checks import (
     check_split,
     conflicts,
     differences_for_resume,
+    known_best_metric,
     known_metric,
     known_optimizer,
     not_yet,
@@ -296,16 +297,19 @@ class TrainConfig(_Group):
     """Optimizer steps between checkpoints."""
 
     save_total_limit: Count | None = Field(default=None, examples=[2])
-    """Newest checkpoints to keep; null keeps all."""
+    """Newest checkpoints to keep, beside the best one where it is wanted; null keeps all."""
+
+    save_minutes: NonNegative = 0.0
+    """Minutes between checkpoints that are saved beside those of `save_strategy`, at the end of a step; 0 for none."""
 
     load_best_model_at_end: bool = False
-    """Ship the checkpoint of the best metric rather than the last."""
+    """Ship the weights with the best metric rather than the last; each new best is saved at once."""
 
-    metric_for_best_model: Name | None = Field(default=None, examples=["eval_loss"])
-    """What "best" means."""
+    metric_for_best_model: Annotated[str, AfterValidator(known_best_metric)] = "eval_loss"
+    """What "best" means: eval_loss, the lowest validation loss."""
 
     early_stopping_patience: Count | None = Field(default=None, examples=[3])
-    """Evaluations without a better metric before the run stops."""
+    """Evaluations in a row without a better metric after which the run ends; with it the best checkpoint is kept."""
 
     data: DataConfig = Field(default_factory=DataConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)

@@ -89,6 +89,13 @@ def known_metric(value: str) -> str:
     raise ValueError("expected valid_json, exact_match or json_field:<name>, e.g. json_field:intent")
 
 
+def known_best_metric(value: str) -> str:
+    """Accept the names of the one metric that is computed while training."""
+    if value in ("eval_loss", "loss"):
+        return "eval_loss"
+    raise ValueError("the only metric computed while training is the loss on data.validation; write eval_loss")
+
+
 def check_columns(value: dict[str, str]) -> dict[str, str]:
     """Accept names for the fields that an example can have, and no others."""
     *others, last = _FIELDS
@@ -107,6 +114,7 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
     """Yield every contradiction between keys that are well-formed each by itself."""
     yield from _dtype_conflicts(config)
     yield from _quantization_conflicts(config)
+    yield from _best_conflicts(config)
     if config.warmup_steps and config.warmup_ratio:
         yield Conflict(("warmup_ratio", "warmup_steps"), "warmup_steps is set too; keep one of them")
     if config.max_steps <= 0 and config.num_train_epochs <= 0:
@@ -182,6 +190,35 @@ def _quantization_conflicts(config: TrainConfig) -> Iterator[Conflict]:
         )
 
 
+def _best_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    """Ask for evaluations where the best is wanted, and, as transformers does, for checkpoints in the same rhythm."""
+    patience, evaluation, saving = config.early_stopping_patience, config.eval_strategy, config.save_strategy
+    if patience and evaluation == "no":
+        yield Conflict(
+            ("early_stopping_patience", "eval_strategy"),
+            f"found {patience}, but eval_strategy is no; write eval_strategy: steps or epoch, or delete the line",
+        )
+    if not config.load_best_model_at_end:
+        return
+    if evaluation == "no":
+        yield Conflict(
+            ("load_best_model_at_end", "eval_strategy"),
+            "found true, but eval_strategy is no; write eval_strategy: steps or epoch, or false",
+        )
+    elif evaluation != saving:
+        yield Conflict(
+            ("load_best_model_at_end", "save_strategy", "eval_strategy"),
+            f"found true, but save_strategy is {saving} and eval_strategy {evaluation}; give both the same value",
+        )
+    elif evaluation == "steps" and config.save_steps % config.eval_steps:
+        nearest = max(1, round(config.save_steps / config.eval_steps)) * config.eval_steps
+        yield Conflict(
+            ("load_best_model_at_end", "save_steps", "eval_steps"),
+            f"found true, but save_steps: {config.save_steps} is no multiple of eval_steps: {config.eval_steps}; "
+            f"write e.g. save_steps: {nearest}",
+        )
+
+
 def differences_for_resume(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]:
     """List the keys that differ between two resolved configs and forbid a resume, as `lora.r: 16 -> 8`."""
     before, after = {**_flat(default), **_flat(old)}, {**_flat(default), **_flat(new)}
@@ -202,14 +239,15 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _FREE_ON_RESUME = {
-    # Where things lie and who computes: the fingerprints in a checkpoint compare the bytes of data and base.
-    *("model_name_or_path", "revision", "data.train", "data.validation", "data.test"),
+    # Where things lie and who computes: the fingerprints in a checkpoint compare the bytes of data, base and adapter.
+    *("model_name_or_path", "revision", "adapter_name_or_path"),
+    *("data.train", "data.validation", "data.test"),
     *("output_dir", "run_name", "engine", "device", "report_to"),
     # How long and how fast to go on.
     *("learning_rate", "num_train_epochs", "max_steps", "early_stopping_patience", "max_nonfinite_steps"),
     # What leaves no trace in the weights. Every accepted `optim` is the same AdamW.
     *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
-    *("load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
+    *("save_minutes", "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
     *("gradient_checkpointing", "optim"),
 }
 
@@ -226,10 +264,6 @@ def not_yet(config: TrainConfig) -> Iterator[Conflict]:
 
 # Valid keys that nothing honours yet, with what to write: delete a line once its feature works.
 _NOT_YET = {
-    "load_best_model_at_end": "write load_best_model_at_end: false",
-    "metric_for_best_model": "delete the line",
-    "early_stopping_patience": "delete the line",
-    "adapter_name_or_path": "delete the line; to go on with a run, use --resume",
     "report_to": 'only "none" is there yet; metrics.jsonl holds every metric',
     "lora.use_dora": "write use_dora: false",
 }

@@ -17,6 +17,10 @@ class UserError(TwintuneError):
     exit_code = 2
 
 
+class DiskError(UserError):
+    """Report a disk that is full or can't be written; what was there before is as it was."""
+
+
 class MachineError(TwintuneError):
     """Report a thing this machine can't do: memory, a missing device or package."""
 

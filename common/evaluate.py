@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.chat import ChatTokenizer
 from common.config import TrainConfig
+from common.data.chat import ChatTokenizer
+from common.data.records import Example, RecordError
+from common.data.tokens import TokenDataset
 from common.engine import Engine
 from common.errors import UserError
-from common.records import Example, RecordError
 from common.sampling import Sampling
-from common.tokens import TokenDataset
 from common.trainer import total_loss
 
 

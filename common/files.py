@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import DiskError, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LEFT = re.compile(r"\.(.+)\.(tmp|old)-\d+")  # what only a killed process leaves behind
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
     """Yield a temporary folder beside `output` that becomes it by one rename, or is removed.
 
     `num_bytes` is what will be written, checked against the room there is; with `replace` an older folder of
-    that name makes way at the last moment. Raises UserError when the disk is full or can't be written.
+    that name makes way at the last moment. Raises DiskError when the disk is full or can't be written.
     """
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
@@ -49,7 +51,7 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one rename; raises UserError when the disk is full or can't be written."""
+    """Replace a text file in one rename; raises DiskError when the disk is full or can't be written."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,10 +62,49 @@ def write_text(path: Path, text: str) -> None:
         temporary.rename(path)
         sync(path.parent)
     except OSError as error:
-        raise UserError(_explain(path, error)) from error
+        raise DiskError(explain(path, error)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file, or leave it as it was and raise DiskError when the disk is full or can't be written."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise DiskError(explain(path, error)) from error
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is whole or gone, never seen half deleted; one that can't be deleted stays."""
+    doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed processes left in a folder that nobody else writes into now; raises UserError.
+
+    Half-written `.<name>.tmp-<pid>` go. An older folder that was about to be replaced, `.<name>.old-<pid>`, goes back
+    to its place where the new one didn't get there.
+    """
+    left = [(path, match) for path in folder.glob(".*") if (match := LEFT.fullmatch(path.name))]
+    try:
+        for path, match in sorted(left, key=lambda each: each[0].stat().st_mtime, reverse=True):
+            if match[2] == "old" and not (folder / match[1]).exists():
+                path.rename(folder / match[1])
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise UserError(explain(folder, error)) from error
 
 
 def sync(path: Path) -> None:
@@ -79,23 +120,30 @@ def sync(path: Path) -> None:
 
 def _exchange(temporary: Path, output: Path) -> None:
     old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
     output.rename(old)
-    temporary.rename(output)
+    try:
+        temporary.rename(output)
+    except BaseException:  # Ctrl-C as well; a kill -9 here is for sweep to mend
+        if not output.exists():
+            old.rename(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_error(output: Path, temporary: Path, num_bytes: int, error: OSError) -> UserError:
+def _disk_error(output: Path, temporary: Path, num_bytes: int, error: OSError) -> DiskError:
     if error.errno not in FULL or not temporary.exists():
-        return UserError(_explain(output, error))
+        return DiskError(explain(output, error))
     written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     missing = max(1, num_bytes - written - shutil.disk_usage(temporary).free)
-    return UserError(
+    return DiskError(
         f"{output}: the disk is full: {missing:,} bytes are missing; expected room for {num_bytes:,}; "
         "free some, or name a folder on another disk"
     )
 
 
-def _explain(path: Path, error: OSError) -> str:
+def explain(path: Path, error: OSError) -> str:
+    """Say in a message for a person why something can't be written."""
     if error.errno in FULL:
         return f"{path}: the disk is full; free some room, or name a folder on another disk"
     return f"{path}: can't be written ({error.strerror}); check the path and its permissions"

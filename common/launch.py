@@ -7,9 +7,10 @@ are checked, in seconds, before an engine is opened.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,39 +18,30 @@ from rich.console import Console
 
 from common import display
 from common.adapter import check_adapter, lora_of, peft_config, read_adapter
+from common.awake import kept_awake
 from common.batches import BatchPlan
-from common.card import model_card
-from common.chat import ChatTokenizer
 from common.checkpoint import AdapterFiles
 from common.config import TrainConfig, require_trainable
-from common.dataset import load_dataset, load_training, report_lines
+from common.data.chat import ChatTokenizer
+from common.data.tokens import TokenDataset
 from common.display import say
 from common.engine import Array, Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
-from common.evaluate import Evaluation, Question, evaluate, make_questions
+from common.evaluate import Evaluation, evaluate
+from common.finish import Ending
 from common.hub import resolve_model
+from common.inputs import TestSet, read_test, read_training
 from common.lora import initial_weights
 from common.metrics import MetricsLog
 from common.progress import LoggedReporter, clock, make_reporter
-from common.records import read_examples
-from common.run import Identity, RunFolder, Start, refuse_other_run
+from common.run import Identity, RunFolder, Start, alone_in, refuse_other_run
 from common.signals import stop_on_signals
-from common.sources import Split
-from common.tokenise import DataReport
-from common.tokens import TokenDataset
+from common.start import StartAdapter, begin_from, is_plain_adapter, read_start
 from common.trainer import Trainer
-from common.weights import fingerprint, vocabulary_size
+from common.weights import fingerprint
 
 # A LoRA step is forward and the backward of activations, twice a forward alone, and a little of its own.
 STEP_PER_FORWARD = 2.4
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """Hold the held-out examples, as tokens where their loss is wanted, and as questions."""
-
-    data: TokenDataset | None
-    questions: list[Question]
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,14 @@ class Request:
     """Hold what the command line asked of a training run beside the config."""
 
     source: str  # the config's file, for messages
-    resume: str | None = None  # "auto", a checkpoint's folder, or None to start afresh
+    resume: str | None = None  # "auto", the folder of a checkpoint or an adapter, or None to start afresh
     allow_changed: bool = False
     resume_command: str = ""  # what continues this run, to be shown when it is interrupted
+
+    def without_adapter(self) -> Request:
+        """Return the request with its --resume of an adapter left to the config, which names it from now on."""
+        named = shlex.quote(f"adapter_name_or_path={self.resume}")
+        return replace(self, resume=None, resume_command=f"{self.resume_command} --set {named}")
 
 
 def train(config: TrainConfig, request: Request, console: Console) -> None:
@@ -68,28 +65,45 @@ def train(config: TrainConfig, request: Request, console: Console) -> None:
     Raises Interrupted once a signal stopped the run and its checkpoint is saved.
     """
     base = require_trainable(config, request.source)
-    refuse_other_run(config, request.resume, request.allow_changed)
+    if request.resume and is_plain_adapter(request.resume):
+        config, request = begin_from(config, request.resume), request.without_adapter()
+    tell = partial(say, console)
+    with alone_in(Path(config.output_dir), tell):
+        refuse_other_run(config, request.resume, request.allow_changed)
+        try:
+            with kept_awake(tell):
+                _train_alone(base, config, request, console)
+        except KeyboardInterrupt:
+            kept = "stopped at once; every checkpoint saved before is whole. Continue with:"
+            raise Interrupted(f"{kept}\n  {request.resume_command}") from None
+
+
+def _train_alone(base: str, config: TrainConfig, request: Request, console: Console) -> None:
     name = choose_engine(config.engine)
+    given = read_start(config)
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
-    data, validation = _read_training(config, tokenizer, console)
-    test = _read_test(config.data.test, config, tokenizer, console) if config.data.test else None
+    data, validation = read_training(config, tokenizer, console)
+    test = read_test(config.data.test, config, tokenizer, console) if config.data.test else None
     plan = BatchPlan.of(data, config)
     engine = _open(name, config, model_dir, console)
     adapter = peft_config(config.lora, engine.target_modules(), base, config.revision)
     folder = RunFolder(
         config,
-        Identity(data.fingerprint(), fingerprint(model_dir)),
+        Identity(data.fingerprint(), fingerprint(model_dir), given.fingerprint if given else ""),
         AdapterFiles(adapter, tokenizer.files),
         plan.total_steps,
     )
     fresh = initial_weights(engine.adapter_shapes(), config.seed)
-    start = _start(folder, request, fresh, engine, console)
+    if given:
+        given.check_fits(engine.adapter_shapes(), config.lora)
+    start = _start(folder, request, given, fresh, engine, console)
     if folder.is_finished(start):
         say(
             console,
             f"This run is finished: {folder.final} holds its adapter. Delete {folder.path} to train again.",
         )
+        engine.load_state(TrainState.fresh(read_adapter(folder.final)[0]))  # the best, not always the last
     else:
         _train(config, request, engine, plan, validation, folder, start, console)
     if test:
@@ -115,7 +129,7 @@ def evaluate_adapter(
     config = config.model_copy(update={"lora": lora_of(settings, adapter) if adapter else config.lora})
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
-    test = _read_test(paths, config, tokenizer, console)
+    test = read_test(paths, config, tokenizer, console)
     engine = _open(name, config, model_dir, console)
     fresh = TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed))
     if adapter is None:
@@ -149,30 +163,38 @@ def _train(
         finished = trainer.run(start.progress)
     progress = trainer.progress
     done = progress.step - first
+    ending = Ending(config, engine, folder, trainer, reporter, request.resume_command)
     if not finished:
-        raise Interrupted(
-            f"stopped by {stop.signal_name} after step {progress.step} of {plan.total_steps}; everything is saved. "
-            f"Continue with:\n  {request.resume_command}"
-        )
-    folder.write_final(engine.read_state(), model_card(config, engine, progress, folder.path / "metrics.jsonl"))
+        raise ending.interrupted(stop.signal_name, plan.total_steps)
+    ending.ship()
+    folder.remove_old(progress)
     reporter.say(
         f"Trained {done} steps in {clock(time.monotonic() - began)} "
         f"on {engine.device}; batches {progress.batch_hash[:16]}"
     )
 
 
-def _start(folder: RunFolder, request: Request, fresh: Mapping[str, Array], engine: Engine, console: Console) -> Start:
+def _start(
+    folder: RunFolder,
+    request: Request,
+    given: StartAdapter | None,
+    fresh: Mapping[str, Array],
+    engine: Engine,
+    console: Console,
+) -> Start:
     """Load the state the run starts from into the engine, and say where that is."""
     notes: list[str] = []
     start = folder.find_start(request.resume, request.allow_changed, notes)
     for note in notes:
         say(console, note)
-    if start.state is None:
-        engine.load_state(TrainState.fresh(fresh))
-    else:
+    if start.state is not None:
         check_adapter(start.state.weights, engine.adapter_shapes(), start.checkpoint or folder.path, trained=False)
         engine.load_state(start.state)
         say(console, f"Resuming {start.checkpoint} after step {start.progress.step}")
+        return start
+    engine.load_state(TrainState.fresh(given.weights if given else fresh))
+    if given:
+        say(console, f"Starting from {given}")
     return start
 
 
@@ -200,50 +222,6 @@ def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, console: C
     seconds = (time.monotonic() - began) * STEP_PER_FORWARD * steps * plan.accumulation
     why = "There is no CUDA device here: t" if engine.name == "torch" else "T"
     say(console, f"{why}raining on {engine.device} takes about {clock(seconds)} ({steps} steps)")
-
-
-def _read_training(
-    config: TrainConfig, tokenizer: ChatTokenizer, console: Console
-) -> tuple[TokenDataset, TokenDataset | None]:
-    with display.counter("reading the training data", None, console) as advance:
-        data, held_out, report = load_training(config, tokenizer, advance)
-    _say_data("training", data, report, config, tokenizer, console)
-    if held_out:
-        say(console, f"{len(held_out):,} of them held out for validation")
-    if not config.data.validation:
-        return data, held_out
-    return data, _read_data("validation", config.data.validation, config, tokenizer, console)
-
-
-def _read_data(
-    split: Split, paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console
-) -> TokenDataset:
-    with display.counter(f"reading the {split} data", None, console) as advance:
-        data, report = load_dataset(paths, config, tokenizer, split, advance)
-    _say_data(split, data, report, config, tokenizer, console)
-    return data
-
-
-def _say_data(
-    what: str, data: TokenDataset, report: DataReport, config: TrainConfig, tokenizer: ChatTokenizer, console: Console
-) -> None:
-    """Print what a data set holds; raises UserError where its tokens are not the model's."""
-    highest, known = data.highest_token, vocabulary_size(tokenizer.directory)
-    if known and highest >= known:
-        raise UserError(
-            f"{tokenizer.directory}: its tokenizer makes token {highest}, its model knows only 0 to {known - 1}; "
-            "put the model's own tokenizer beside it"
-        )
-    share = data.num_loss_tokens / data.num_tokens
-    say(console, f"{len(data):,} {what} examples, {data.num_tokens:,} tokens, {share:.0%} of them supervised")
-    for line in report_lines(report, config):
-        say(console, f"  {line}")
-
-
-def _read_test(paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> TestSet:
-    data = _read_data("test", paths, config, tokenizer, console)
-    examples = read_examples(paths, config.data, [], "test")
-    return TestSet(data, make_questions(examples, tokenizer, skip=config.data.on_error == "skip"))
 
 
 def _compare(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.data.tokens import TokenDataset
 from common.engine import Array, MicroBatch
-from common.tokens import TokenDataset
 
 LIKE_LENGTH = 0.75  # examples at least this share of the longest are computed side by side with it
 

@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from common.batches import BatchPlan
-from common.chat import ChatTokenizer
 from common.config import TrainConfig, require_trainable
-from common.dataset import load_training, report_lines
+from common.data.chat import ChatTokenizer
+from common.data.dataset import load_training, report_lines
+from common.data.tokenise import DataReport
+from common.data.tokens import TokenDataset
 from common.display import say
 from common.engine import Array
 from common.hub import resolve_model
 from common.layout import padded_length
-from common.tokenise import DataReport
-from common.tokens import TokenDataset
 
 BAR = 24  # characters of the histogram's longest bar
 

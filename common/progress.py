@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -62,8 +63,10 @@ class TerminalReporter:
 
     def row(self, metrics: Mapping[str, Any]) -> None:
         """Show a row of metrics."""
+        if "loss_spike" in metrics:
+            self.say(f"step {metrics['step']}: loss {metrics['loss']:.4f} is a spike, far above those before it")
         if "eval_loss" in metrics:
-            self.say(f"step {metrics['step']}: validation loss {metrics['eval_loss']:.4f}")
+            self.say(f"step {metrics['step']}: {evaluated(metrics).strip()}")
         self._progress.update(self._task, figures=figures(metrics))
 
     def say(self, text: str) -> None:
@@ -94,8 +97,7 @@ class PlainReporter:
     def row(self, metrics: Mapping[str, Any]) -> None:
         """Show a row of metrics."""
         step = metrics["step"]
-        evaluated = f"  validation loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-        self.say(f"step {step}/{self._total}  {figures(metrics)}  {self._eta.after(step)}{evaluated}")
+        self.say(f"step {step}/{self._total}  {figures(metrics)}  {self._eta.after(step)}{evaluated(metrics)}")
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -123,8 +125,7 @@ class LoggedReporter:
 
     def row(self, metrics: Mapping[str, Any]) -> None:
         """Show a row of metrics."""
-        evaluated = f"  validation loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-        self._write(f"step {metrics['step']}  {figures(metrics)}{evaluated}")
+        self._write(f"step {metrics['step']}  {figures(metrics)}{evaluated(metrics)}")
         self._shown.row(metrics)
 
     def say(self, text: str) -> None:
@@ -137,7 +138,7 @@ class LoggedReporter:
         self._shown.end()
 
     def _write(self, text: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # no run ends for this
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
 
@@ -165,12 +166,21 @@ def make_reporter(console: Console) -> Reporter:
 def figures(metrics: Mapping[str, Any]) -> str:
     """Format the figures of a row for one line."""
     parts = [
-        f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
+        f"loss {metrics['loss']:.4f}" if metrics.get("loss") is not None else "",
+        "(a spike)" if "loss_spike" in metrics else "",
         f"lr {metrics['learning_rate']:.2e}" if "learning_rate" in metrics else "",
         f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else "",
         f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB" if "peak_memory_bytes" in metrics else "",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def evaluated(metrics: Mapping[str, Any]) -> str:
+    """Format the validation loss of a row, where it has one, to stand after the figures."""
+    if "eval_loss" not in metrics:
+        return ""
+    loss = metrics["eval_loss"]
+    return "  validation loss not finite" if loss is None else f"  validation loss {loss:.4f}"
 
 
 def clock(seconds: float) -> str:

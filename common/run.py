@@ -6,26 +6,33 @@ mixed into it. Resuming compares config, data, base and tokenizer with what the 
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.adapter import CONFIG_NAME as ADAPTER_NAME
+from common.best import Best
 from common.checkpoint import (
     MANIFEST_NAME,
     AdapterFiles,
     TrainerState,
+    damage,
     load_checkpoint,
     newest_intact,
     remove_old,
     save_checkpoint,
 )
 from common.config import TrainConfig, changed_keys
+from common.data.chat import TOKENIZER_FILES
 from common.engine import Engine, TrainState
 from common.errors import UserError
-from common.files import new_folder, write_text
+from common.files import new_folder, sweep, write_text
+from common.lock import locked
 from common.trainer import Progress
 
 CONFIG_NAME = "training_config.json"
@@ -38,6 +45,7 @@ class Identity:
 
     data: str
     base: str
+    adapter: str = ""  # that the run begins from; none: a fresh one
 
 
 @dataclass(frozen=True)
@@ -76,32 +84,29 @@ class RunFolder:
         if checkpoint is None:
             return Start(Progress())
         state, trainer = load_checkpoint(checkpoint)
-        changes = self._changes(trainer)
+        changes = self._changes(trainer, checkpoint)
         if changes and not allow_changed:
             raise UserError(
                 f"{checkpoint}: can't be resumed, this run differs from it:\n  "
                 + "\n  ".join(changes)
                 + "\nput back what changed, use another output_dir, or go on regardless with --allow-changed"
             )
-        progress = Progress(
-            trainer.step,
-            trainer.epoch,
-            trainer.supervised_tokens,
-            trainer.batch_hash,
-            trainer.nonfinite_steps,
-        )
-        return Start(progress, state, checkpoint)
+        return Start(self._progress(trainer, notes), state, checkpoint)
 
     def is_finished(self, start: Start) -> bool:
-        """Tell whether the run that starts here has nothing left to do."""
-        return self.final.is_dir() and start.progress.step >= self._total_steps
+        """Tell whether the run that starts here has nothing left to do: it had all its steps, or stopped early."""
+        stopped_early = start.progress.best.out_of_patience(self._config.early_stopping_patience)
+        return (stopped_early or start.progress.step >= self._total_steps) and self._final_is_of_this_length()
 
     def claim(self) -> None:
         """Write training_config.json, which makes the folder this run's."""
         write_text(self.path / CONFIG_NAME, as_json(self._config.to_dict()))
 
     def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write a checkpoint of this moment and delete those beyond `save_total_limit`."""
+        """Write a checkpoint of this moment and delete those beyond `save_total_limit`, the best one excepted.
+
+        Raises DiskError where there is no room; all earlier ones are there then.
+        """
         state = engine.read_state()
         trainer = TrainerState(
             step=progress.step,
@@ -110,17 +115,31 @@ class RunFolder:
             supervised_tokens=progress.supervised_tokens,
             batch_hash=progress.batch_hash,
             nonfinite_steps=progress.nonfinite_steps,
+            best_metric=progress.best.metric,
+            best_step=progress.best.step,
+            evaluations_without_improvement=progress.best.evaluations_since,
             update_count=state.update_count,
             total_steps=self._total_steps,
             config=self._config.to_dict(),
             data_fingerprint=self._identity.data,
             base_fingerprint=self._identity.base,
+            adapter_fingerprint=self._identity.adapter,
             engine=engine.name,
             versions=engine.versions,
         )
         directory = save_checkpoint(self.path, state, trainer, self._files)
-        remove_old(self.path, self._config.save_total_limit)
+        self.remove_old(progress)
         return directory
+
+    def remove_old(self, progress: Progress) -> None:
+        """Delete the checkpoints beyond `save_total_limit`: after a save, and at the end, as a save may be killed."""
+        wants_best = self._config.load_best_model_at_end or self._config.early_stopping_patience
+        best = progress.best.step if wants_best else None
+        remove_old(self.path, self._config.save_total_limit, progress.step, best)
+
+    def best_state(self, best: Best) -> TrainState:
+        """Read the checkpoint of the best step; raises UserError where it is damaged or gone."""
+        return load_checkpoint(self._best_checkpoint(best))[0]
 
     def write_final(self, state: TrainState, card: str) -> None:
         """Write final/, replacing an older one, once its adapter was read back and found whole."""
@@ -130,13 +149,72 @@ class RunFolder:
             (folder / CONFIG_NAME).write_text(as_json(self._config.to_dict()), encoding="utf-8")
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def _changes(self, trainer: TrainerState) -> list[str]:
+    def _best_checkpoint(self, best: Best) -> Path:
+        return self.path / f"checkpoint-{best.step}"
+
+    def _progress(self, trainer: TrainerState, notes: list[str]) -> Progress:
+        """Take up what a checkpoint knows; a best whose weights are lost is none any more, which is told in `notes`."""
+        best = Best(trainer.best_metric, trainer.best_step, trainer.evaluations_without_improvement)
+        if self._config.load_best_model_at_end and best.step is not None:
+            problem = damage(self._best_checkpoint(best))
+            if problem:
+                notes.append(
+                    f"{self._best_checkpoint(best)}, the best so far, is lost: {problem}; a new best is sought"
+                )
+                best = Best()
+        return Progress(
+            trainer.step,
+            trainer.epoch,
+            trainer.supervised_tokens,
+            trainer.batch_hash,
+            trainer.nonfinite_steps,
+            best,
+        )
+
+    def _final_is_of_this_length(self) -> bool:
+        """Tell apart a final/ that a shorter run left here: one made longer may have been killed before its own."""
+        path = self.final / CONFIG_NAME
+        if not path.is_file():
+            return False
+        written, wanted = _read(path), self._config.to_dict()
+        decisive = ("max_steps", "num_train_epochs", "early_stopping_patience", "load_best_model_at_end")
+        return all(written.get(key) == wanted[key] for key in decisive)
+
+    def _changes(self, trainer: TrainerState, checkpoint: Path) -> list[str]:
         changes = changed_keys(trainer.config, self._config.to_dict())
         if trainer.data_fingerprint != self._identity.data:
             changes.append("data.train: its tokens are not those the checkpoint was trained on (data or tokenizer)")
         if trainer.base_fingerprint != self._identity.base:
             changes.append("model_name_or_path: the weights of the base are not those the checkpoint was trained on")
+        if trainer.adapter_fingerprint != self._identity.adapter:
+            began = trainer.config.get("adapter_name_or_path") or "a fresh adapter"
+            changes.append(f"adapter_name_or_path: its weights are not those the run began from, of {began}")
+        changes += [f"tokenizer: {name} is not that of the checkpoint" for name in self._other_files(checkpoint)]
         return changes
+
+    def _other_files(self, checkpoint: Path) -> list[str]:
+        """Name the tokenizer's files that are not the same, byte for byte, in the base and beside the checkpoint."""
+        ours = {path.name: path for path in self._files.tokenizer}
+        theirs = {name: checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()}
+        return [
+            name
+            for name in TOKENIZER_FILES
+            if (name in ours) != (name in theirs)
+            or (name in ours and not filecmp.cmp(ours[name], theirs[name], shallow=False))
+        ]
+
+
+@contextmanager
+def alone_in(output: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Have the output folder to this process alone, cleared of what a killed one left there half written.
+
+    Raises UserError where another process has it, or it can't be written.
+    """
+    _refuse_unwritable(output)
+    with locked(output, say) as held:
+        if held:
+            sweep(output)
+        yield
 
 
 def refuse_other_run(config: TrainConfig, resume: str | None, allow_changed: bool) -> None:
@@ -148,9 +226,10 @@ def refuse_other_run(config: TrainConfig, resume: str | None, allow_changed: boo
     output = Path(config.output_dir)
     _refuse_unwritable(output)
     if resume not in (None, "auto") and not (Path(resume) / MANIFEST_NAME).is_file():
+        weights = f"; to begin with its weights alone, write adapter_name_or_path: {resume}"
         raise UserError(
             f"--resume {resume}: no checkpoint; expected a folder such as {output / 'checkpoint-40'}, "
-            "or --resume alone for the newest one"
+            f"or --resume alone for the newest one{weights if (Path(resume) / ADAPTER_NAME).is_file() else ''}"
         )
     recorded = output / CONFIG_NAME
     if not recorded.is_file():

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from common.adapter import check_adapter, lora_of, read_adapter
-from common.chat import ChatTokenizer
 from common.config import TrainConfig
+from common.data.chat import ChatTokenizer
+from common.data.records import RecordError
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import UserError
 from common.hub import resolve_model
-from common.records import RecordError
 from common.sampling import Sampling
 
 Messages = list[dict[str, str]]

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.batches import BatchPlan, chain_hash, evaluation_batches
+from common.best import Best
 from common.config import TrainConfig
+from common.data.tokens import TokenDataset
 from common.engine import Engine, Handle, StepBatch, StepResult
-from common.errors import UserError
-from common.metrics import MetricsLog
+from common.errors import DiskError, UserError
+from common.metrics import MetricsLog, is_spike
 from common.progress import Reporter
+from common.saving import Clock, Saver
 from common.schedule import learning_rate_at, warmup_step_count
 from common.signals import StopRequest
-from common.tokens import TokenDataset
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Progress:
     supervised_tokens: int = 0
     batch_hash: str = ""
     nonfinite_steps: int = 0
+    best: Best = field(default_factory=Best)
 
 
 @dataclass
@@ -69,26 +73,44 @@ class Trainer:
         reporter: Reporter,
         save: Callable[[Progress], object],
         stop: StopRequest,
+        clock: Clock = time.monotonic,
     ) -> None:
-        """Take everything a run needs; `save` writes a checkpoint of a moment when no step is under way."""
+        """Take everything a run needs; `save` writes a checkpoint of a moment when no step is under way.
+
+        `clock` gives the seconds that `save_minutes` counts.
+        """
         self._config = config
         self._engine = engine
         self._plan = plan
         self._validation = validation
         self._log = log
         self._reporter = reporter
-        self._save = save
+        self._saver = Saver(config, save, reporter, clock)
         self._stop = stop
         self._window = Window()
         self._launched: Launched | None = None
         self.progress = Progress()
 
+    @property
+    def unsaved(self) -> DiskError | None:
+        """Say why the checkpoint that was due at the last step is missing, None where it is not."""
+        return self._saver.failure
+
     def run(self, progress: Progress) -> bool:
-        """Train from where `progress` stands to the end; returns False when a signal stopped it, saved."""
+        """Train from where `progress` stands to the end or out of patience; returns False when a signal stopped it.
+
+        Either way the last step is saved where that was due, or `unsaved` says why not.
+        """
         self.progress = progress
+        self._saver.begin(progress)
         self._reporter.begin(progress.step, self._plan.total_steps)
         try:
             for step in range(progress.step + 1, self._plan.total_steps + 1):
+                if self._out_of_patience():
+                    since = self.progress.best.evaluations_since
+                    self._reporter.say(f"stopped early: {since} evaluations no better than {self.progress.best}")
+                    return True
+                self._saver.leave(self.progress)
                 self._launch(step)
                 stopping = self._stop.signal_name is not None
                 if stopping or self._is_boundary(step):
@@ -131,7 +153,7 @@ class Trainer:
         window.num_tokens += batch.num_tokens
         self._reporter.advance(batch.step)
         due = batch.step % self._config.logging_steps == 0 or batch.step in (1, self._plan.total_steps)
-        if (due or self._evaluation_due(batch.step)) and window.num_loss_tokens:
+        if self._evaluation_due(batch.step) or (due and window.num_loss_tokens):
             self._log_row(launched, result)
 
     def _log_row(self, launched: Launched, result: StepResult) -> None:
@@ -139,32 +161,46 @@ class Trainer:
         row: dict[str, Any] = {
             "step": batch.step,
             "epoch": round(batch.epoch, 4),
-            "loss": window.loss_sum / window.num_loss_tokens,
+            "loss": window.loss_sum / window.num_loss_tokens if window.num_loss_tokens else None,  # JSON has no NaN
             "learning_rate": launched.learning_rate,
-            "grad_norm": result.grad_norm if result.updated else None,  # JSON has no NaN
+            "grad_norm": result.grad_norm if result.updated else None,
             "tokens_per_second": window.num_tokens / window.seconds,
             "supervised_tokens": self.progress.supervised_tokens,
             "peak_memory_bytes": self._engine.memory().peak_bytes,
         }
+        if is_spike(row["loss"], self._log.losses):
+            row["loss_spike"] = True
         if self._validation is not None and self._evaluation_due(batch.step):
-            config = self._config
-            row["eval_loss"] = mean_loss(
-                self._engine, self._validation, config.per_device_eval_batch_size, config.row_capacity
-            )
-        self._log.append(row)
+            row["eval_loss"] = self._evaluate(self._validation)
+        trouble = self._log.append(row)
         self._reporter.row(row)
+        if trouble:
+            self._reporter.say(trouble)
         self._window = Window()
+
+    def _evaluate(self, data: TokenDataset) -> float | None:
+        """Measure the validation loss and compare it with the best; None where it is not finite."""
+        config, progress = self._config, self.progress
+        loss = mean_loss(self._engine, data, config.per_device_eval_batch_size, config.row_capacity)
+        progress.best = progress.best.after(loss, progress.step)
+        return loss if math.isfinite(loss) else None
 
     def _at_boundary(self, step: int, stopping: bool) -> None:
         self._drain()
-        if stopping or self._save_due(step):
-            self._save(self.progress)
+        is_best = self._config.load_best_model_at_end and self.progress.best.step == step
+        if stopping or is_best or self._save_due(step):
+            self._saver.save(self.progress)
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.best.out_of_patience(self._config.early_stopping_patience)
 
     def _is_boundary(self, step: int) -> bool:
         return self._save_due(step) or self._evaluation_due(step) or step == self._plan.total_steps
 
     def _save_due(self, step: int) -> bool:
-        return self._due(step, self._config.save_strategy, self._config.save_steps)
+        strategy = self._config.save_strategy
+        is_last = self._out_of_patience() and strategy != "no"
+        return is_last or self._saver.time_is_up() or self._due(step, strategy, self._config.save_steps)
 
     def _evaluation_due(self, step: int) -> bool:
         return self._validation is not None and self._due(step, self._config.eval_strategy, self._config.eval_steps)
@@ -192,10 +228,11 @@ class Trainer:
             return
         with contextlib.suppress(UserError):  # the step under way may be no better; this one is told
             self._drain()
-        self._save(self.progress)
+        self._saver.save(self.progress)
+        kept = "are saved" if self.unsaved is None else f"could not be saved: {self.unsaved}"
         sources = [self._plan.data.places[row] for row in batch.examples[:8]]
         raise UserError(
-            f"{where} and the run stopped; the weights of the last good step are saved.\n"
+            f"{where} and the run stopped; the weights of the last good step {kept}.\n"
             f"examples of that step: {', '.join(sources)}\n"
             "try a lower learning_rate, dtype: bfloat16 or float32 instead of float16, or a lower max_grad_norm"
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from common.config import LoraConfig, TrainConfig
+from common.data.tokens import TokenDataset, build_dataset
 from common.engine import Engine, TrainState, open_engine
 from common.lora import initial_weights
-from common.tokens import TokenDataset, build_dataset
 
 ENGINES = ("mlx", "torch")
 # MLX multiplies float32 in TensorFloat-32 on CUDA unless told not to; the tests compare with exact float32.

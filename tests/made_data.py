@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from common.tokens import TokenDataset, build_dataset
+from common.data.tokens import TokenDataset, build_dataset
 
 
 @st.composite

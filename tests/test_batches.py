@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_data import datasets
 
 from common.batches import BatchPlan, chain_hash, evaluation_batches
-from common.tokens import TokenDataset, build_dataset
+from common.data.tokens import TokenDataset, build_dataset
 
 GOLDEN_ORDER = [
     (5, 6, 0, 7, 3, 2, 4, 9, 1, 8),

@@ -16,9 +16,9 @@ from tiny_tokenizer import (
     write_tokenizer,
 )
 
-from common.chat import ChatTokenizer, Encoded
+from common.data.chat import ChatTokenizer, Encoded
+from common.data.records import Example, RecordError
 from common.errors import UserError
-from common.records import Example, RecordError
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -251,7 +251,7 @@ def test_a_template_that_fails_is_an_error_of_the_example(tmp_path, template):
 
 
 def test_a_template_that_writes_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.limits.MAX_RENDERED_CHARACTERS", 1000)
+    monkeypatch.setattr("common.data.limits.MAX_RENDERED_CHARACTERS", 1000)
     write_tokenizer(tmp_path, "{{ 'x' * 1001 }}")
     with pytest.raises(RecordError, match="makes 1,001 characters of this conversation; at most 1,000"):
         ChatTokenizer(tmp_path).encode(chat(USER, ASSISTANT), "all")

@@ -11,7 +11,6 @@ import pytest
 from tiny_tokenizer import write_tokenizer
 
 from common.adapter import CONFIG_NAME, WEIGHTS_NAME, peft_config
-from common.chat import ChatTokenizer
 from common.checkpoint import (
     MANIFEST_NAME,
     OPTIMIZER_NAME,
@@ -26,6 +25,7 @@ from common.checkpoint import (
     save_checkpoint,
 )
 from common.config import LoraConfig, TrainConfig
+from common.data.chat import ChatTokenizer
 from common.engine import TrainState
 from common.errors import UserError
 from common.lora import lora_a_key, lora_b_key
@@ -191,6 +191,24 @@ def test_damage_of_any_file_is_named_and_passed_over(tmp_path, files, name, harm
     assert len(damaged) == 1 and damaged[0].startswith(f"{newest}: passed over: ")
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_run_is_named_and_passed_over(tmp_path, files, name):
+    newest = save(tmp_path, files, 5, 10)
+    for path in files.tokenizer:
+        (tmp_path / path.name).write_text(path.read_text() + "\n")
+    theirs = AdapterFiles(
+        peft_config(LoraConfig(r=8), ["q_proj"], "other/base", None), [tmp_path / path.name for path in files.tokenizer]
+    )
+    state = dataclasses.replace(trainer_state(10), seed=7)
+    other = save_checkpoint(tmp_path / "other", train_state(77), state, theirs)
+    take_another(newest / name, other)
+    damaged: list[str] = []
+    assert newest_intact(tmp_path, damaged) == tmp_path / "checkpoint-5"
+    assert len(damaged) == 1 and (name in damaged[0] or name == MANIFEST_NAME)
+    with pytest.raises(UserError, match="checkpoint-10: damaged: "):
+        load_checkpoint(newest)
+
+
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
@@ -241,6 +259,31 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
     remove_old(tmp_path, keep)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (1, 1, [4, 1]),
+        (1, 4, [4]),
+        (2, 2, [4, 3, 2]),
+        (2, 7, [4, 3]),  # there is no such checkpoint
+        (None, 1, [4, 3, 2, 1]),
+    ],
+)
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, keep, best, left):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old(tmp_path, keep, newest=4, best=best)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [2]), (2, [2, 1]), (3, [4, 2, 1]), (None, [4, 3, 2, 1])])
+def test_checkpoints_beyond_where_a_run_stands_go_first(tmp_path, keep, left):
+    for step in (1, 2, 3, 4):  # the run went on from 1 and stands at 2
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old(tmp_path, keep, newest=2)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 

@@ -351,7 +351,7 @@ def test_a_config_without_model_and_data_lists_both(workplace: Workplace):
         ('{"text": "a b"}\n{"text": \n', "train.jsonl:2: no JSON: "),
         ('{"messages": [{"role": "user", "content": "a"}]}', "train.jsonl:1: has no answer"),
         ('{"prompt": "a", "completion": " "}', "train.jsonl:1: 'completion' is empty"),
-        ('{"question": "a"}', "train.jsonl:1: has none of 'messages', 'prompt' and 'completion', or 'text'"),
+        ('{"question": "a"}', "train.jsonl:1: has none of 'input_ids', 'messages', "),
     ],
     ids=["empty", "blank", "no-json", "no-answer", "empty-answer", "other-keys"],
 )
@@ -463,7 +463,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_good(workplace: Workplace, m
     done = workplace.train(*many, "--set", "output_dir=disk/run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     saved = checkpoints(disk / "run")
-    assert done.stderr.startswith(f"error: {disk / 'run' / f'checkpoint-{len(saved) + 1}'}: the disk is full: ")
+    first = disk / "run" / f"checkpoint-{len(saved) + 1}"
+    assert f"step {len(saved) + 1} is not saved: {first}: the disk is full: " in done.stdout
+    assert [row["step"] for row in rows(disk / "run")] == list(range(1, STEPS + 1))  # training went on
+    assert done.stderr.startswith(f"error: {disk / 'run' / 'final'}: the disk is full: ")
+    assert f"checkpoint-{len(saved)} is good: nothing is lost but the {STEPS - len(saved)} steps after" in done.stderr
+    assert "Once there is room, continue with:\n  twintune train --config config.json --engine mlx" in done.stderr
     assert len(saved) > 1 and not any(map(damage, saved))
     assert not [path for path in disk.rglob("*") if path.name.startswith(".") or path.name == "final"]
 

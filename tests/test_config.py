@@ -14,6 +14,7 @@ from common.config_errors import known_keys, suggest
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+SHIP_BEST = "data: {validation: v.jsonl}\nload_best_model_at_end: true\n"
 NOTES = """{
   "per_device_train_batch_size": 1,      // Small batch for memory
   "gradient_accumulation_steps": 8,      // Effective batch = 8
@@ -191,11 +192,11 @@ def test_every_suggested_alias_leads_to_a_key_that_exists():
 
 
 def test_all_problems_come_at_once_with_conflicts_among_the_good_values():
-    found = problems("sed: 1\nlora: {r: x}\nfp16: true\nbf16: true\nadapter_name_or_path: a\n", "max_steps=a")
+    found = problems("sed: 1\nlora: {r: x}\nfp16: true\nbf16: true\nreport_to: a\n", "max_steps=a")
     assert sorted(line.split(": ")[1] for line in found if line.startswith("train.yaml")) == [
-        "adapter_name_or_path",
         "bf16",
         "lora.r",
+        "report_to",
         "sed",
     ]
     assert any(line.startswith('--set max_steps=a: found "a"; expected an integer') for line in found)
@@ -229,6 +230,24 @@ def test_a_typo_is_not_reported_again_as_a_missing_key():
         ("eval_strategy: epoch", ("eval_strategy", "data.validation")),
         ("packing: true\ngroup_by_length: true", ("group_by_length", "packing")),
         ("num_train_epochs: 0", ("num_train_epochs", "max_steps: -1")),
+        ("early_stopping_patience: 3", ("early_stopping_patience: found 3", "eval_strategy: steps or epoch")),
+        ("load_best_model_at_end: true", ("load_best_model_at_end: found true", "eval_strategy: steps or epoch")),
+        (
+            f"{SHIP_BEST}eval_strategy: epoch",
+            ("load_best_model_at_end", "save_strategy is steps", "eval_strategy epoch"),
+        ),
+        (
+            f"{SHIP_BEST}eval_strategy: steps\nsave_strategy: 'no'",
+            ("load_best_model_at_end", "save_strategy is no", "eval_strategy steps"),
+        ),
+        (
+            f"{SHIP_BEST}eval_strategy: steps\nsave_steps: 50\neval_steps: 20",
+            ("load_best_model_at_end", "save_steps: 50", "eval_steps: 20", "write e.g. save_steps: 40"),
+        ),
+        (
+            f"{SHIP_BEST}eval_strategy: steps\nsave_steps: 20\neval_steps: 50",
+            ("load_best_model_at_end", "save_steps: 20", "eval_steps: 50", "write e.g. save_steps: 50"),
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
@@ -239,10 +258,6 @@ def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
 @pytest.mark.parametrize(
     "text",
     [
-        "load_best_model_at_end: true",
-        "metric_for_best_model: eval_loss",
-        "early_stopping_patience: 3",
-        "adapter_name_or_path: outputs/run/final",
         "report_to: [tensorboard]",
         "lora: {use_dora: true}",
     ],
@@ -250,6 +265,37 @@ def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
 def test_what_nothing_honours_yet_is_refused_and_not_ignored(text):
     (found,) = problems(text)
     assert "not supported yet" in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eval_strategy: steps\nsave_steps: 40\neval_steps: 20",
+        "eval_strategy: steps\nsave_steps: 20\neval_steps: 20",
+        "eval_strategy: epoch\nsave_strategy: epoch\nsave_steps: 3\neval_steps: 2",
+    ],
+)
+def test_the_best_is_to_be_had_with_checkpoints_in_the_rhythm_of_evaluations(text):
+    config = load(f"{SHIP_BEST}{text}\nearly_stopping_patience: 2")
+    assert config.load_best_model_at_end and config.early_stopping_patience == 2
+
+
+@pytest.mark.parametrize("text", ["", "metric_for_best_model: eval_loss", "metric_for_best_model: loss"])
+def test_the_validation_loss_is_what_best_means(text):
+    assert load(f"seed: 1\n{text}").metric_for_best_model == "eval_loss"
+
+
+def test_another_metric_is_refused_with_what_there_is():
+    (found,) = problems("metric_for_best_model: accuracy")
+    assert found == (
+        'train.yaml: metric_for_best_model: found "accuracy"; the only metric computed while training is the loss on '
+        "data.validation; write eval_loss"
+    )
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("", 0), ("save_minutes:", 0), ("save_minutes: 7.5", 7.5)])
+def test_checkpoints_by_the_clock_are_off_unless_asked_for(text, minutes):
+    assert load(f"seed: 1\n{text}").save_minutes == minutes
 
 
 def test_switching_off_what_is_not_there_yet_is_fine():
@@ -430,6 +476,7 @@ def test_a_change_that_forbids_a_resume_is_listed_old_to_new(override, change):
             "run_name=x",
         ),
         *("evaluation.samples=0", "optim=adamw_mlx", "gradient_checkpointing=true", "data.train=moved.jsonl"),
+        *("save_minutes=10.5", "early_stopping_patience=null", "load_best_model_at_end=false"),
         *("report_to=none", "eval_steps=9", "data.validation=v.jsonl", "max_nonfinite_steps=1"),
     ],
 )

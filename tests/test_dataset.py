@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, LLAMA3, NO_SYSTEM, REWRITES_HISTORY, write_tokenizer
 
 from common.batches import BatchPlan
-from common.chat import ChatTokenizer, Encoded
 from common.config import DataConfig, TrainConfig
-from common.dataset import load_dataset, report_lines
+from common.data.chat import ChatTokenizer, Encoded
+from common.data.dataset import load_dataset, report_lines
+from common.data.tokenise import DataReport, fit
+from common.data.tokens import TokenDataset
 from common.errors import UserError
-from common.tokenise import DataReport, fit
-from common.tokens import TokenDataset
 
 QUESTION = {"role": "user", "content": "What is the answer?"}
 ANSWER = {"role": "assistant", "content": "The answer is yes."}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tiny_tokenizer import CHATML, LLAMA3, write_tokenizer
 
-from common import dataset
-from common.chat import ChatTokenizer
 from common.config import DataConfig, TrainConfig
-from common.dataset import hold_out, load_dataset, load_training, weighted
+from common.data import dataset
+from common.data.chat import ChatTokenizer
+from common.data.dataset import hold_out, load_dataset, load_training, weighted
+from common.data.tokens import TokenDataset, build_dataset
 from common.errors import UserError
-from common.tokens import TokenDataset, build_dataset
 
 RECORDS = 2500  # three chunks
 

@@ -8,14 +8,14 @@ import pytest
 from fake_engine import A, B, FakeEngine
 from tiny_tokenizer import CHATML_TOOLS, LLAMA3, write_tokenizer
 
-from common.chat import ChatTokenizer
 from common.config import EvaluationConfig, TrainConfig
+from common.data.chat import ChatTokenizer
+from common.data.records import Example
+from common.data.tokens import build_dataset
 from common.engine import TrainState
 from common.errors import UserError
 from common.evaluate import Question, evaluate, generate_answers, make_questions, score
 from common.lora import initial_weights
-from common.records import Example
-from common.tokens import build_dataset
 from common.trainer import mean_loss, total_loss
 
 QUESTION = {"role": "user", "content": "What is the answer?"}

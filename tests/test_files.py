@@ -1,5 +1,6 @@
 """Folders and files appear whole or not at all, whatever happens while they are written."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
-from common.files import new_folder, write_text
+from common.errors import DiskError, UserError
+from common.files import LEFT, append_text, new_folder, remove_folder, sweep, write_text
 
 CRASH = RuntimeError("the power failed")
 
@@ -172,3 +173,118 @@ def test_everything_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
     temporary = str(tmp_path / f".out.tmp-{os.getpid()}")
     assert sorted(synced[:-2]) == [f"{temporary}/inner", f"{temporary}/inner/a.txt"]
     assert synced[-2:] == [temporary, str(tmp_path)]  # the folder itself, and the rename last
+
+
+# ---- what killed processes leave
+
+
+def test_half_written_folders_and_files_of_killed_processes_are_swept_and_others_kept(tmp_path):
+    write_folder(tmp_path / "out", "good")
+    (tmp_path / ".out.tmp-1234567").mkdir()
+    (tmp_path / ".out.tmp-1234567" / "half.bin").write_text("half")
+    (tmp_path / ".metrics.jsonl.tmp-1234567").write_text("half")
+    for kept in (".lock", ".tmp-12", ".notes.tmp-12.txt", "out.tmp-12"):
+        (tmp_path / kept).write_text("")
+    sweep(tmp_path)
+    assert names(tmp_path) == [".lock", ".notes.tmp-12.txt", ".tmp-12", "out", "out.tmp-12"]
+    assert read_folder(tmp_path / "out") == "good"
+
+
+def test_a_folder_whose_replacement_never_came_is_put_back(tmp_path):
+    write_folder(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.old-1234567")
+    write_folder(tmp_path / ".out.tmp-1234567", "new, and perhaps not whole")
+    sweep(tmp_path)
+    assert names(tmp_path) == ["out"] and read_folder(tmp_path / "out") == "old"
+
+
+def test_a_folder_whose_replacement_came_is_not_put_back(tmp_path):
+    write_folder(tmp_path / "out", "new")
+    write_folder(tmp_path / ".out.old-1234567", "old")
+    sweep(tmp_path)
+    assert names(tmp_path) == ["out"] and read_folder(tmp_path / "out") == "new"
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_process_killed_at_either_rename_of_an_exchange_loses_nothing(tmp_path, killed_at):
+    write_folder(tmp_path / "out", "old")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from common.files import new_folder\n"
+        f"left = [{killed_at}]; rename = os.rename\n"
+        "def counted(*names):\n"
+        "    left[0] -= 1\n"
+        "    rename(*names)\n"
+        "    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.rename = counted\n"
+        "with new_folder(Path(sys.argv[1]), replace=True) as folder:\n"
+        "    (folder / 'inner').mkdir(); (folder / 'inner' / 'a.txt').write_text('new')\n"
+    )
+    root = Path(__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], cwd=root)
+    assert killed.returncode == -9 and names(tmp_path) != ["out"]
+    sweep(tmp_path)
+    assert names(tmp_path) == ["out"] and read_folder(tmp_path / "out") == ("old" if killed_at == 1 else "new")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EXDEV, "Invalid cross-device link"), KeyboardInterrupt()])
+def test_an_exchange_that_fails_in_the_middle_puts_the_old_folder_back(tmp_path, monkeypatch, error):
+    write_folder(tmp_path / "out", "old")
+    rename, count = os.rename, [0]
+
+    def fails_second(*arguments: object) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise error
+        rename(*arguments)
+
+    monkeypatch.setattr("os.rename", fails_second)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
+        write_folder(tmp_path / "out", "new", replace=True)
+    assert names(tmp_path) == ["out"] and read_folder(tmp_path / "out") == "old"
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+@pytest.mark.parametrize("write", [write_text, write_folder])
+def test_a_disk_on_which_nothing_can_be_renamed_is_one_message(tmp_path, monkeypatch, write, number):
+    def no_rename(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.rename", no_rename)
+    with pytest.raises(UserError) as error:
+        write(tmp_path / "out", "text")
+    assert str(error.value) == (
+        f"{tmp_path / 'out'}: can't be written ({os.strerror(number)}); check the path and its permissions"
+    )
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_deleted_whole_and_one_that_cannot_be_stays(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+
+    def killed(path: Path, **settings: object) -> None:
+        assert not (tmp_path / "out").exists() and LEFT.fullmatch(path.name)  # what a kill leaves now will be swept
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("common.files.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(tmp_path / "out")
+    sweep(tmp_path)
+    assert names(tmp_path) == []
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr("os.rename", lambda *arguments: (_ for _ in ()).throw(PermissionError()))
+    remove_folder(tmp_path / "out")
+    assert read_folder(tmp_path / "out") == "old"
+
+
+def test_text_is_appended(tmp_path):
+    append_text(tmp_path / "a.txt", "one\n")
+    append_text(tmp_path / "a.txt", "two\n")
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_file_to_append_to_on_a_full_disk_stays_as_it_was_without_half_a_line(full_disk):
+    append_text(full_disk / "a.txt", "old\n")
+    with pytest.raises(DiskError, match=r"a\.txt: the disk is full; free some room"):
+        append_text(full_disk / "a.txt", "x" * 2_000_000)
+    assert (full_disk / "a.txt").read_text() == "old\n"

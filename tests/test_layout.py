@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_data import datasets
 
+from common.data.tokens import TokenDataset, build_dataset
 from common.engine import MicroBatch
 from common.layout import (
     LIKE_LENGTH,
@@ -19,7 +20,6 @@ from common.layout import (
     split_by_length,
     supervised_positions,
 )
-from common.tokens import TokenDataset, build_dataset
 
 
 def one_a_row(data: TokenDataset) -> list[list[int]]:

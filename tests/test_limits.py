@@ -5,10 +5,10 @@ import tracemalloc
 
 import pytest
 
+from common.data.limits import MAX_RENDERED_CHARACTERS
+from common.data.records import RecordError
+from common.data.template import ChatTemplate
 from common.errors import UserError
-from common.limits import MAX_RENDERED_CHARACTERS
-from common.records import RecordError
-from common.template import ChatTemplate
 
 MESSAGES = [
     {"role": "user", "content": "What <is> it?"},
@@ -124,8 +124,8 @@ SAME = [
 
 @pytest.mark.parametrize("source", REACHES + GROWS + NEVER_ENDS)
 def test_a_hostile_template_is_an_error_in_bounded_time_and_memory(source, monkeypatch):
-    monkeypatch.setattr("common.limits.MAX_WORK", 300_000)  # a tenth, as measuring memory is slow
-    monkeypatch.setattr("common.limits.MAX_SECONDS", 1.0)
+    monkeypatch.setattr("common.data.limits.MAX_WORK", 300_000)  # a tenth, as measuring memory is slow
+    monkeypatch.setattr("common.data.limits.MAX_SECONDS", 1.0)
     template = ChatTemplate(source, "base")
     tracemalloc.start()
     started = time.monotonic()
@@ -152,7 +152,7 @@ def test_the_real_budget_ends_nested_loops_within_seconds():
 
 
 def test_a_template_keeps_its_budget_for_the_next_conversation(monkeypatch):
-    monkeypatch.setattr("common.limits.MAX_WORK", 1000)
+    monkeypatch.setattr("common.data.limits.MAX_WORK", 1000)
     template = ChatTemplate("{% for m in messages %}x{% endfor %}", "base")
     for _ in range(3):
         assert template.render({"messages": [0] * 900}).text == "x" * 900

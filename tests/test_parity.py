@@ -7,13 +7,13 @@ import pytest
 from engines import make_batches, open_fresh
 
 from common.batches import BatchPlan, chain_hash
-from common.chat import ChatTokenizer
 from common.config import DataConfig, LoraConfig
+from common.data.chat import ChatTokenizer
+from common.data.records import read_examples
+from common.data.tokens import build_dataset
 from common.engine import Engine
 from common.lora import initial_weights
-from common.records import read_examples
 from common.schedule import learning_rate_at
-from common.tokens import build_dataset
 from common.trainer import total_loss
 
 # DESIGN.md section 3: float32 on the CPU. Measured: 2e-6 and 4e-5.
@@ -73,6 +73,25 @@ def test_a_run_goes_on_with_the_other_engine(order: tuple[str, str], llama: Path
     assert found.update_count == expected.update_count == 20
     for key in expected.weights:
         np.testing.assert_allclose(found.weights[key], expected.weights[key], atol=WEIGHT_TOLERANCE, err_msg=key)
+
+
+def test_a_relay_of_both_engines_follows_the_curve_of_one(llama: Path) -> None:
+    plan = BatchPlan(make_batches(), batch_size=3, accumulation=2, seed=7, num_train_epochs=6)
+    alone = steps(open_fresh("torch", llama), plan, 1, STEPS)
+    relay: list[float] = []
+    state = None
+    for leg, name in enumerate(("mlx", "torch", "mlx", "torch")):
+        engine = open_fresh(name, llama)
+        if state:
+            engine.load_state(state)
+        relay += steps(engine, plan, 5 * leg + 1, 5 * leg + 5)
+        state = engine.read_state()
+        engine.close()
+    print("\nstep  engine  relay     torch     relative difference")
+    for step, (ours, expected) in enumerate(zip(relay, alone, strict=True), start=1):
+        name = ("mlx", "torch")[(step - 1) // 5 % 2]
+        print(f"{step:4}  {name:6}  {ours:.6f}  {expected:.6f}  {abs(ours / expected - 1):.1e}")
+    np.testing.assert_allclose(relay, alone, rtol=LOSS_TOLERANCE)
 
 
 def steps(engine: Engine, plan: BatchPlan, first: int, last: int) -> list[float]:

@@ -5,9 +5,9 @@ import pytest
 
 from common.batches import BatchPlan
 from common.config import TrainConfig
+from common.data.tokenise import DataReport
+from common.data.tokens import TokenDataset, build_dataset
 from common.preview import sum_up
-from common.tokenise import DataReport
-from common.tokens import TokenDataset, build_dataset
 
 
 def data_of(lengths: list[int]) -> TokenDataset:

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import readers
+from common.data import readers
 from common.config import TrainConfig, WeightedPath
 from common.config_errors import ConfigInput, validated
+from common.data.readers import DataFile, RecordError, decode, list_files, place, read_raw
 from common.errors import UserError
-from common.readers import DataFile, RecordError, decode, list_files, place, read_raw
 
 ROWS = [
     {"prompt": "Hi", "completion": "Ho"},

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import DataConfig
+from common.data.records import SHOWN_ERRORS, Example, RecordError, read_examples, to_example
 from common.errors import UserError
-from common.records import SHOWN_ERRORS, Example, RecordError, read_examples, to_example
 
 USER = {"role": "user", "content": "What is the answer?"}
 ASSISTANT = {"role": "assistant", "content": "Yes."}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.rows import MEGABATCH, RowOrder, Rows, group_by_length, pack, single
 
-GOLDEN_ROWS = [[4, 9, 3, 8], [1], [2, 0], [7, 5, 6]]  # of ten examples in rows of 16, seed 42, epoch 0
+GOLDEN_ROWS = [[1], [4, 9, 3, 8], [7, 5, 6], [2, 0]]  # of ten examples in rows of 16, seed 42, epoch 0
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=80).map(np.array)
 
 
@@ -31,23 +31,34 @@ def test_packing_places_every_example_once_and_no_row_holds_too_much(lengths, ca
     assert all(0 < lengths[row].sum() <= capacity for row in rows)
 
 
-@given(LENGTHS, st.integers(64, 200), st.integers(0, 99))
-def test_packing_makes_as_many_rows_as_best_fit_decreasing_one_example_at_a_time(lengths, capacity, seed):
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    assert len(pack(lengths, capacity, order)) == one_at_a_time(lengths.tolist(), capacity)
+@pytest.mark.parametrize("capacity", [256, 1024, 4096])
+def test_packing_makes_hardly_more_rows_than_best_fit_decreasing(capacity):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.5, 1, 5000).astype(int), 1, capacity)
+    best = one_at_a_time(lengths.tolist(), capacity)
+    assert len(pack(lengths, capacity, rng.permutation(5000))) <= 1.01 * best  # the short ones are not sorted
 
 
 def test_packing_short_examples_leaves_almost_no_padding():
     lengths = np.random.default_rng(0).integers(20, 120, 5000)
     rows = pack(lengths, 1024, np.arange(5000))
-    assert lengths.sum() / (len(rows) * 1024) > 0.995
+    assert lengths.sum() / (len(rows) * 1024) > 0.98
 
 
-def test_packing_mixes_examples_of_like_length_anew_every_epoch():
-    order = RowOrder(np.random.default_rng(0).integers(5, 30, 400), seed=1, capacity=64)
-    first, second = ({tuple(sorted(row)) for row in order.of_epoch(epoch)} for epoch in (0, 1))
-    assert len(first) == len(second) == len(order)
-    assert len(first & second) < len(first) / 10
+def test_a_packed_row_mixes_examples_of_all_lengths():
+    lengths = np.random.default_rng(0).integers(20, 120, 5000)
+    rows = pack(lengths, 1024, np.random.default_rng(1).permutation(5000))
+    spread = np.mean([lengths[row].std() for row in rows])
+    assert spread > 0.8 * lengths.std()  # of rows of like length it would be near 0
+
+
+def test_packed_rows_are_the_same_in_every_epoch_and_others_with_another_seed():
+    lengths = np.random.default_rng(0).integers(5, 30, 400)
+    order = RowOrder(lengths, seed=1, capacity=64)
+    first, second = ([tuple(row) for row in order.of_epoch(epoch)] for epoch in (0, 1))
+    assert first != second and sorted(first) == sorted(second) and len(first) == len(order)
+    other = {tuple(sorted(row)) for row in RowOrder(lengths, seed=2, capacity=64).of_epoch(0)}
+    assert len({tuple(sorted(row)) for row in first} & other) < len(first) / 10
 
 
 def test_the_order_of_packed_rows_is_drawn_and_not_from_long_to_short():

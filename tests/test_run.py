@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_tokenizer import write_tokenizer
 
 from common.adapter import peft_config, read_adapter
 from common.checkpoint import AdapterFiles
 from common.config import TrainConfig
+from common.data.chat import ChatTokenizer
 from common.engine import TrainState
 from common.errors import UserError
-from common.run import Identity, RunFolder, refuse_other_run
+from common.run import Identity, RunFolder, alone_in, refuse_other_run
 from common.trainer import Progress
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight" for name in "AB")
@@ -116,6 +119,74 @@ def test_a_resume_lists_everything_that_changed_unless_allowed(output: Path):
     assert lines[1:3] == ["  seed: 42 -> 7", "  lora.r: 16 -> 8"]
     assert lines[-1].endswith("or go on regardless with --allow-changed")
     assert changed.find_start("auto", True, []).progress.step == 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_changed_tokenizer_is_among_what_changed(output: Path, tmp_path: Path, name: str):
+    base = tmp_path / "base"
+    write_tokenizer(base)
+    config, adapter = config_of(output), peft_config(config_of(output).lora, ["q_proj"], "base", None)
+
+    def folder() -> RunFolder:
+        return RunFolder(config, IDENTITY, AdapterFiles(adapter, ChatTokenizer(base).files), total_steps=6)
+
+    save(folder(), 2)
+    assert folder().find_start("auto", False, []).progress.step == 2
+    path = base / name
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match=rf"\n  tokenizer: {name} is not that of the checkpoint\nput back"):
+        folder().find_start("auto", False, [])
+    assert folder().find_start("auto", True, []).progress.step == 2
+
+
+def test_a_tokenizer_with_a_file_more_is_another(output: Path, tmp_path: Path):
+    base = tmp_path / "base"
+    write_tokenizer(base)
+    config = config_of(output)
+    adapter = peft_config(config.lora, ["q_proj"], "base", None)
+    files = ChatTokenizer(base).files
+    save(RunFolder(config, IDENTITY, AdapterFiles(adapter, files[:-1]), total_steps=6), 2)
+    with pytest.raises(UserError, match=rf"tokenizer: {files[-1].name} is not that of the checkpoint"):
+        RunFolder(config, IDENTITY, AdapterFiles(adapter, files), total_steps=6).find_start("auto", False, [])
+    save(RunFolder(config, IDENTITY, AdapterFiles(adapter, files), total_steps=6), 4)
+    with pytest.raises(UserError, match=rf"tokenizer: {files[-1].name} is not that of the checkpoint"):
+        RunFolder(config, IDENTITY, AdapterFiles(adapter, files[:-1]), total_steps=6).find_start("auto", False, [])
+
+
+def test_other_weights_to_begin_from_are_among_what_changed(output: Path):
+    save(folder_of(output, replace(IDENTITY, adapter="a" * 64), adapter_name_or_path="mine"), 2)
+    for adapter in ("", "other"):
+        with pytest.raises(UserError, match=r"adapter_name_or_path: its weights are not those .*, of mine"):
+            folder_of(output, replace(IDENTITY, adapter=adapter)).find_start("auto", False, [])
+    assert folder_of(output, replace(IDENTITY, adapter="a" * 64)).find_start("auto", False, []).progress.step == 2
+
+
+def test_final_of_a_shorter_run_does_not_finish_a_longer_one(output: Path):
+    folder = folder_of(output, max_steps=4)
+    folder.write_final(state_of(4), "a card")
+    longer = folder_of(output, max_steps=6)
+    save(longer, 6)
+    start = longer.find_start("auto", False, [])
+    assert not longer.is_finished(start)
+    longer.write_final(start.state, "a card")
+    assert longer.is_finished(start)
+
+
+def test_a_run_clears_its_folder_and_has_it_alone(output: Path):
+    save(folder_of(output), 2)
+    (output / ".checkpoint-4.tmp-1234567").mkdir()
+    with alone_in(output, print):
+        assert sorted(path.name for path in output.iterdir()) == [".lock", "checkpoint-2"]
+        with pytest.raises(UserError, match="another run writes there"), alone_in(output, print):
+            pytest.fail("two runs in one folder")
+    assert [path.name for path in output.iterdir()] == ["checkpoint-2"]
+
+
+def test_without_a_lock_nothing_is_cleared(output: Path, monkeypatch: pytest.MonkeyPatch):
+    (output / ".checkpoint-4.tmp-1234567").mkdir(parents=True)
+    monkeypatch.setattr("common.lock._lock", lambda handle: False)
+    with alone_in(output, print):
+        assert (output / ".checkpoint-4.tmp-1234567").is_dir()  # it may be another run's, at work
 
 
 def test_old_checkpoints_go_once_the_new_one_is_there(output: Path):

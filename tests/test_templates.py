@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import write_tokenizer
 
-from common.chat import ChatTokenizer
-from common.records import Example, RecordError
+from common.data.chat import ChatTokenizer
+from common.data.records import Example, RecordError
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")

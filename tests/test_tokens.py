@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.tokens import build_dataset
+from common.data.tokens import build_dataset
 
 
 def test_dataset_gives_back_what_it_was_built_from():

@@ -1,28 +1,22 @@
 """The training loop on an engine in NumPy: what happens in which order, and that a resume is exact to the bit."""
 
+import dataclasses
 import json
 import math
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_engine import FakeEngine
+from tiny_run import Run, states_equal, untimed
 
-from common.adapter import peft_config
-from common.batches import BatchPlan, chain_hash
-from common.checkpoint import AdapterFiles, load_checkpoint
-from common.config import DataConfig, LoraConfig, TrainConfig
-from common.engine import TrainState
+from common.batches import chain_hash
+from common.checkpoint import load_checkpoint
+from common.data.tokens import build_dataset
 from common.errors import UserError
-from common.lora import initial_weights
-from common.metrics import MetricsLog, read_metrics
-from common.run import Identity, RunFolder
-from common.signals import StopRequest, stop_on_signals
-from common.tokens import TokenDataset, build_dataset
-from common.trainer import Progress, Trainer, mean_loss
+from common.signals import stop_on_signals
+from common.trainer import mean_loss
 
 KEYS = {
     "step",
@@ -34,105 +28,6 @@ KEYS = {
     "supervised_tokens",
     "peak_memory_bytes",
 }
-
-
-def examples(count: int, seed: int = 0, longest: int = 9) -> TokenDataset:
-    random = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        length = int(random.integers(2, longest + 1))
-        mask = [False, *(random.random(length - 1) < 0.6).tolist()]
-        mask[-1] = True
-        rows.append((random.integers(1, 16, length).tolist(), mask, f"data.jsonl:{number + 1}"))
-    return build_dataset(rows)
-
-
-class NoteReporter:
-    """Note what a person would be shown."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.rows: list[dict] = []
-        self.lines: list[str] = []
-        self.shown: list[tuple] = []
-
-    def begin(self, done: int, total: int) -> None:
-        self.shown.append(("begin", done, total))
-
-    def advance(self, step: int) -> None:
-        self.steps.append(step)
-
-    def row(self, metrics) -> None:
-        self.rows.append(dict(metrics))
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def end(self) -> None:
-        self.shown.append(("end",))
-
-
-class Run:
-    """Put a Trainer together in a folder, as common.launch does, with an engine in NumPy."""
-
-    def __init__(self, folder: Path, data: TokenDataset | None = None, broken=(), **settings) -> None:
-        settings = {"num_train_epochs": 2.0, "learning_rate": 0.05, "per_device_train_batch_size": 2} | settings
-        self.config = TrainConfig(
-            output_dir=str(folder), data=DataConfig(validation="v"), lora=LoraConfig(r=2, lora_alpha=4), **settings
-        )
-        self.data = data or examples(11)
-        self.engine = FakeEngine(self.config, broken_steps=frozenset(broken))
-        self.plan = BatchPlan(
-            self.data,
-            self.config.per_device_train_batch_size,
-            self.config.gradient_accumulation_steps,
-            self.config.seed,
-            self.config.num_train_epochs,
-            self.config.max_steps,
-        )
-        self.validation = examples(5, seed=9)
-        self.reporter, self.stop, self.saved = NoteReporter(), StopRequest(), []
-        self.folder = RunFolder(self.config, Identity("d", "b"), adapter_files(), self.plan.total_steps)
-
-    def save(self, progress: Progress) -> None:
-        self.engine.calls.append(f"save {progress.step}")
-        self.saved.append(progress.step)
-        self.folder.save(self.engine, progress)
-
-    def train(self, resume: bool = False) -> bool:
-        start = self.folder.find_start("auto" if resume else None, False, [])
-        fresh = TrainState.fresh(initial_weights(self.engine.adapter_shapes(), self.config.seed))
-        self.engine.load_state(start.state or fresh)
-        log = MetricsLog(self.folder.path / "metrics.jsonl", start.progress.step)
-        arguments = (self.config, self.engine, self.plan, self.validation, log, self.reporter, self.save, self.stop)
-        self.trainer = Trainer(*arguments)
-        return self.trainer.run(start.progress)
-
-    @property
-    def rows(self) -> list[dict]:
-        return read_metrics(self.folder.path / "metrics.jsonl")
-
-    @property
-    def logged(self) -> list[int]:
-        return [row["step"] for row in self.rows]
-
-    @property
-    def evaluated(self) -> list[int]:
-        return [row["step"] for row in self.rows if "eval_loss" in row]
-
-
-def adapter_files() -> AdapterFiles:
-    return AdapterFiles(peft_config(LoraConfig(r=2, lora_alpha=4), ["proj"], "base", None))
-
-
-def states_equal(one: TrainState, other: TrainState) -> bool:
-    pairs = zip((one.weights, one.moment1, one.moment2), (other.weights, other.moment1, other.moment2), strict=True)
-    equal = all(left[key].tobytes() == right[key].tobytes() for left, right in pairs for key in left)
-    return equal and one.update_count == other.update_count
-
-
-def untimed(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
 # ---- the order of things
@@ -328,6 +223,37 @@ def test_speed_is_that_of_training_without_saving_and_evaluating(tmp_path, monke
         assert row["tokens_per_second"] == sum(batch.num_tokens for batch in batches) / (2.0 * len(batches))
 
 
+def multiply_losses(run: Run, factors: dict[int, float]) -> None:
+    """Have the engine report other losses at some steps."""
+    launch = run.engine.train_step
+
+    def train_step(batch, rate):
+        handle = launch(batch, rate)
+        loss_sum = handle.result.loss_sum * factors.get(batch.step, 1.0)
+        handle.result = dataclasses.replace(handle.result, loss_sum=loss_sum)
+        return handle
+
+    run.engine.train_step = train_step
+
+
+def test_a_loss_spike_is_flagged_and_changes_nothing(tmp_path):
+    plain, spiked = Run(tmp_path / "plain", num_train_epochs=4.0), Run(tmp_path / "spiked", num_train_epochs=4.0)
+    multiply_losses(spiked, {5: 5.0, 18: 50.0})  # at step 5 there are too few before it to tell
+    plain.train(), spiked.train()
+    assert not any("loss_spike" in row for row in plain.rows)
+    assert [row["step"] for row in spiked.rows if row.get("loss_spike")] == [18]
+    assert states_equal(plain.engine.read_state(), spiked.engine.read_state())
+
+
+def test_a_resumed_run_knows_the_losses_before_it_when_it_looks_for_spikes(tmp_path):
+    first, second = Run(tmp_path, num_train_epochs=4.0), Run(tmp_path, num_train_epochs=4.0)
+    first.stop_at(16)
+    first.train()
+    multiply_losses(second, {17: 50.0})
+    second.train(resume=True)
+    assert [row["step"] for row in second.rows if row.get("loss_spike")] == [17]
+
+
 # ---- stop and resume
 
 
@@ -483,6 +409,23 @@ def test_bad_steps_are_skipped_and_counted_up_to_the_limit(tmp_path):
     assert [line.split(":")[0] for line in run.reporter.lines] == ["step 2", "step 7"]
     assert run.trainer.progress.supervised_tokens == 2 * run.data.loss_mask.sum()
     assert all(math.isfinite(row["loss"]) for row in run.rows)
+
+
+def test_an_evaluation_due_at_a_bad_step_is_made_and_logged_all_the_same(tmp_path):
+    settings = dict(broken=[4, 8], max_nonfinite_steps=2, eval_strategy="steps", eval_steps=4, save_strategy="no")
+    each, fourth = Run(tmp_path / "each", **settings), Run(tmp_path / "fourth", logging_steps=4, **settings)
+    each.train(), fourth.train()
+    assert each.evaluated == fourth.evaluated == [4, 8, 12]
+    for one, other in zip((each.rows[3], each.rows[7]), fourth.rows[1:3], strict=True):
+        assert one["eval_loss"] == other["eval_loss"] and one.keys() == KEYS | {"eval_loss"}
+        assert one["loss"] is None and one["grad_norm"] is None  # none of the steps since the last row was good
+        assert math.isfinite(other["loss"])
+
+
+def test_a_bad_step_without_an_evaluation_makes_no_row_of_its_own(tmp_path):
+    run = Run(tmp_path, broken=[4], max_nonfinite_steps=1, save_strategy="no")
+    run.train()
+    assert run.logged == [1, 2, 3, *range(5, 13)]
 
 
 def test_bad_steps_are_counted_across_a_resume(tmp_path):

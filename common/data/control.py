@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from common.records import RecordError
+from common.data.records import RecordError
 
 # Marks of reasoning may be special tokens, and yet stand in contents: templates look for them there.
 THOUGHTS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"})

@@ -1,7 +1,7 @@
 """From files to a data set: who tokenises, where the result is kept, and an account of what was lost on the way.
 
 Small files are tokenised here and now. Large ones go to a process a core, chunk by chunk and in order, into a store
-(common/token_store.py) that a second start opens in its place: memory holds some chunks, however much data there is.
+(token_store.py) that a second start opens in its place: memory holds some chunks, however much data there is.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from common.chat import ChatTokenizer
 from common.config import TrainConfig, WeightedPath
 from common.cpus import available_cpus
+from common.data.chat import ChatTokenizer
+from common.data.readers import Raw, read_raw
+from common.data.records import summarise
+from common.data.sources import DataFile, Split, list_files
+from common.data.token_store import new_store, open_store, store_folder
+from common.data.tokenise import DataReport, Recipe, Tokeniser, tokenise
+from common.data.tokens import Chunk, TokenDataset, join
 from common.engine import Array
 from common.errors import MachineError, UserError
-from common.readers import Raw, read_raw
-from common.records import summarise
-from common.sources import DataFile, Split, list_files
-from common.token_store import new_store, open_store, store_folder
-from common.tokenise import DataReport, Recipe, Tokeniser, tokenise
-from common.tokens import Chunk, TokenDataset, join
 
 SMALL_BYTES = 4 * 2**20  # files up to this are tokenised in a second or two: other processes would only start by then
 CHUNK_RECORDS = 1000

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.data.sources import DataFile, split_query
+from common.data.tokenise import DataReport, Recipe
+from common.data.tokens import Chunk, Digest, Places, TokenDataset, starts_of
 from common.engine import Array
 from common.files import new_folder
-from common.sources import DataFile, split_query
-from common.tokenise import DataReport, Recipe
-from common.tokens import Chunk, Digest, Places, TokenDataset, starts_of
 
 FORMAT = 1  # of a store, and of what is done to the tokens in it: count up, and old stores are not found
 ARRAYS = {

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from common.data.sources import SPLIT_NAMES, DataFile, parse_hub, read_query, split_query
 from common.errors import TwintuneError, UserError
-from common.sources import SPLIT_NAMES, DataFile, parse_hub, read_query, split_query
 
 BATCH_ROWS = 256
 

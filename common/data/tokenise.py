@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.chat import ChatTokenizer, Encoded
 from common.config import DataConfig
-from common.readers import Raw, RecordError, decode, place
-from common.records import SHOWN_ERRORS, Example, to_example
-from common.sources import DataFile
-from common.tokens import Chunk, make_chunk
+from common.data.chat import ChatTokenizer, Encoded
+from common.data.readers import Raw, RecordError, decode, place
+from common.data.records import SHOWN_ERRORS, Example, to_example
+from common.data.sources import DataFile
+from common.data.tokens import Chunk, make_chunk
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.records import RecordError
-from common.template import Rendered
+from common.data.records import RecordError
+from common.data.template import Rendered
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], Rendered]  # messages, add_generation_prompt

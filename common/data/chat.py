@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from common.control import THOUGHTS, TokenTexts, refuse_control_tokens
+from common.data.control import THOUGHTS, TokenTexts, refuse_control_tokens
+from common.data.records import Example, RecordError
 from common.errors import UserError
-from common.records import Example, RecordError
 
 if TYPE_CHECKING:
-    from common.answers import Frame, Span
-    from common.template import ChatTemplate, Rendered
+    from common.data.answers import Frame, Span
+    from common.data.template import ChatTemplate, Rendered
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -158,7 +158,7 @@ class ChatTokenizer:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        from common.template import ChatTemplate  # Jinja is not loaded before a template is there to be rendered
+        from common.data.template import ChatTemplate  # Jinja is not loaded before a template is there to be rendered
 
         if self._source is None:
             raise UserError(
@@ -170,7 +170,7 @@ class ChatTokenizer:
     @cached_property
     def _frame(self) -> Frame:
         """What the template writes around an answer, learned once."""
-        from common.answers import learn_frame
+        from common.data.answers import learn_frame
 
         return learn_frame(lambda messages, prompt: self._render(messages, None, prompt), self._added.last_in)
 
@@ -182,7 +182,7 @@ class ChatTokenizer:
 
     def _write(self, example: Example, train_on: str) -> Written:
         """Render a conversation and find what is trained of it."""
-        from common.answers import find_answers
+        from common.data.answers import find_answers
 
         messages, tools = example.messages, example.tools
         refuse_control_tokens(messages, tools, self._control)

@@ -18,10 +18,10 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from common.data.limits import Limits
+from common.data.records import RecordError
+from common.data.sandbox import Guard, Sandbox
 from common.errors import UserError
-from common.limits import Limits
-from common.records import RecordError
-from common.sandbox import Guard, Sandbox
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 # Templates that print "today" get this day (Llama 3's own default), or a run resumed tomorrow would read other

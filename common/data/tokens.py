@@ -1,7 +1,7 @@
 """The training data as tokens: flat arrays, and for each example where in them it stands.
 
 An example is a view, so that a share held out, or examples seen twice an epoch, copy nothing; the flat arrays may be
-files mapped into memory (common/token_store.py), so that memory does not grow with the data.
+files mapped into memory (common/data/token_store.py), so that memory does not grow with the data.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from common.limits import PADS_BRACES, Limits
+from common.data.limits import PADS_BRACES, Limits
 
 PADDING = frozenset(
     {"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "encode", "format_map", "maketrans"}

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.data.messages import kind, parsed, read_messages, read_tools, read_turns, require_answer, text, with_system
+from common.data.readers import RecordError, decode, list_files, place, read_raw
 from common.errors import UserError
-from common.messages import kind, parsed, read_messages, read_tools, read_turns, require_answer, text, with_system
-from common.readers import RecordError, decode, list_files, place, read_raw
 
 if TYPE_CHECKING:
     from common.config import DataConfig, WeightedPath
-    from common.sources import Split
+    from common.data.sources import Split
 
 Fields = Mapping[str, str]  # our name of a field -> the data's, where they differ
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from common.data.sources import DataFile, list_files, no_examples
+from common.data.tables import read_table
 from common.errors import UserError
-from common.sources import DataFile, list_files, no_examples
-from common.tables import read_table
 
 __all__ = ["DataFile", "Raw", "RecordError", "decode", "list_files", "place", "read_raw"]
 

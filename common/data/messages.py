@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.readers import RecordError
+from common.data.readers import RecordError
 
 Message = Mapping[str, Any]
 

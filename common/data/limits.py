@@ -18,7 +18,7 @@ from jinja2.filters import FILTERS
 from jinja2.runtime import Undefined
 from markupsafe import Markup
 
-from common.records import RecordError
+from common.data.records import RecordError
 
 MAX_RENDERED_CHARACTERS = 20_000_000
 MAX_WORK = 4_000_000  # loop rounds, calls, values made; a value counts once more every 64 characters

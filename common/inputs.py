@@ -1,0 +1,75 @@
+"""What a run reads: training, validation and test data, with what a person should know of each said aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from common import display
+from common.config import TrainConfig
+from common.data.chat import ChatTokenizer
+from common.data.dataset import load_dataset, load_training, report_lines
+from common.data.records import read_examples
+from common.data.sources import Split
+from common.data.tokenise import DataReport
+from common.data.tokens import TokenDataset
+from common.display import say
+from common.errors import UserError
+from common.evaluate import Question, make_questions
+from common.weights import vocabulary_size
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Hold the held-out examples, as tokens where their loss is wanted, and as questions."""
+
+    data: TokenDataset | None
+    questions: list[Question]
+
+
+def read_training(
+    config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Read the training data, and the validation data where there is any or a share of it is held out."""
+    with display.counter("reading the training data", None, console) as advance:
+        data, held_out, report = load_training(config, tokenizer, advance)
+    _say_data("training", data, report, config, tokenizer, console)
+    if held_out:
+        say(console, f"{len(held_out):,} of them held out for validation")
+    if not config.data.validation:
+        return data, held_out
+    return data, _read_data("validation", config.data.validation, config, tokenizer, console)
+
+
+def _read_data(
+    split: Split, paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> TokenDataset:
+    with display.counter(f"reading the {split} data", None, console) as advance:
+        data, report = load_dataset(paths, config, tokenizer, split, advance)
+    _say_data(split, data, report, config, tokenizer, console)
+    return data
+
+
+def _say_data(
+    what: str, data: TokenDataset, report: DataReport, config: TrainConfig, tokenizer: ChatTokenizer, console: Console
+) -> None:
+    """Print what a data set holds; raises UserError where its tokens are not the model's."""
+    highest, known = data.highest_token, vocabulary_size(tokenizer.directory)
+    if known and highest >= known:
+        raise UserError(
+            f"{tokenizer.directory}: its tokenizer makes token {highest}, its model knows only 0 to {known - 1}; "
+            "put the model's own tokenizer beside it"
+        )
+    share = data.num_loss_tokens / data.num_tokens
+    say(console, f"{len(data):,} {what} examples, {data.num_tokens:,} tokens, {share:.0%} of them supervised")
+    for line in report_lines(report, config):
+        say(console, f"  {line}")
+
+
+def read_test(paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> TestSet:
+    """Read the held-out examples."""
+    data = _read_data("test", paths, config, tokenizer, console)
+    examples = read_examples(paths, config.data, [], "test")
+    return TestSet(data, make_questions(examples, tokenizer, skip=config.data.on_error == "skip"))
