@@ -4,6 +4,7 @@ CONFIG ?= configs/quickstart.yaml
 PYTHON ?= python3
 ADAPTER ?=
 ARGS ?=
+FAULTS ?= 200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/
 LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview test lint bench clean
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview test test-faults lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -61,6 +62,9 @@ model: $(MODEL)/config.json ## Fetch and convert the quickstart's model, SmolLM2
 
 test: $(VENV)/.dev $(MODEL)/config.json ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.dev ## Kill 200 runs of each engine at random moments and resume them (FAULTS=200)
+	TWINTUNE_FAULTS=$(FAULTS) $(BIN)/python -m pytest -s tests/test_faults.py $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
