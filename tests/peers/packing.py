@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from common.batches import BatchPlan
-from common.chat import ChatTokenizer
 from common.config import TrainConfig, load_config
-from common.dataset import load_dataset
+from common.data.chat import ChatTokenizer
+from common.data.dataset import load_dataset
 from common.engine import Engine, StepBatch, TrainState, open_engine
 from common.lora import initial_weights
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from common.chat import ChatTokenizer
 from common.config import TrainConfig
 from common.cpus import available_cpus
-from common.dataset import CHUNK_RECORDS, load_dataset
+from common.data.chat import ChatTokenizer
+from common.data.dataset import CHUNK_RECORDS, load_dataset
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
