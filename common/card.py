@@ -25,6 +25,7 @@ Trained by twintune with the {engine} engine on {device} ({versions}).
 | | |
 | --- | --- |
 | data | {data} |
+| begun from | {start} |
 | steps, epochs | {steps}, {epochs:.2f} |
 | weights | {weights} |
 | last training loss | {loss} |
@@ -59,6 +60,7 @@ def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics:
         device=engine.device,
         versions=", ".join(f"{library} {version}" for library, version in engine.versions.items()),
         data=", ".join(f"`{path}`" for path in config.data.train),
+        start=f"the adapter `{config.adapter_name_or_path}`" if config.adapter_name_or_path else f"seed {config.seed}",
         steps=progress.step,
         epochs=progress.epoch,
         weights=f"the best: {best}" if best else "of the last step",

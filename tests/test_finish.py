@@ -54,6 +54,7 @@ def test_final_holds_the_best_weights_where_they_are_wanted_and_says_so(tmp_path
     assert run.reporter.lines == ["final/ holds the best weights: validation loss 0.8000 of step 4"]
     card = (run.folder.final / "README.md").read_text()
     assert "| weights | the best: validation loss 0.8000 of step 4 |" in card
+    assert "| begun from | seed 42 |" in card
     assert "| steps, epochs | 12, 2.00 |" in card and "| last validation loss | 0.8500 |" in card
 
 
