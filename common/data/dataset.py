@@ -6,7 +6,10 @@ Small files are tokenised here and now. Large ones go to a process a core, chunk
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -155,7 +158,7 @@ def _in_store(
 def _by_processes(recipe: Recipe) -> Iterator[tuple[Chunk, DataReport]]:
     """Tokenise with a process a core, a few chunks ahead of whoever takes the results, which come in order."""
     processes = available_cpus()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin_worker) as pool:
         pending: deque[Future[tuple[Chunk, DataReport]]] = deque()
         try:
             for raws in _chunks(recipe):
@@ -173,13 +176,11 @@ def _by_processes(recipe: Recipe) -> Iterator[tuple[Chunk, DataReport]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _quiet_worker() -> None:
-    """Leave Ctrl-C to the parent, and the cores to the other processes."""
-    import os
-    import signal
-
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, the cores to the other processes, and look for garbage rarely."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(100_000)  # a chunk makes some thousand lists, none of them a cycle
 
 
 def _chunks(recipe: Recipe) -> Iterable[list[Raw]]:

@@ -106,8 +106,9 @@ class Tokeniser:
 
 def fit(encoded: Encoded, limit: int, truncation: str, report: DataReport) -> Iterator[Encoded]:
     """Yield what of an example is trained, by `data.truncation`; raises RecordError where that is "error"."""
-    ids = encoded.token_ids
-    mask = [False, *encoded.loss_mask[1:]]  # nothing stands before the first token to predict it from
+    ids, mask = encoded.token_ids, encoded.loss_mask
+    if mask[:1] == [True]:  # nothing stands before the first token to predict it from
+        mask = [False, *mask[1:]]
     if len(ids) <= limit:
         yield Encoded(ids, mask)
         return

@@ -145,7 +145,7 @@ def make_chunk(examples: Sequence[tuple[Sequence[int], Sequence[bool], int, int]
     """Lay (token ids, mask, file, line) out as a chunk."""
     lengths = np.fromiter((len(ids) for ids, *_ in examples), np.int32, len(examples))
     total = int(lengths.sum())
-    loss_mask = np.fromiter(chain.from_iterable(mask for _, mask, *_ in examples), np.bool_, total)
+    loss_mask = np.frombuffer(b"".join([bytes(mask) for _, mask, *_ in examples]), np.bool_)
     bounds = starts_of(lengths)
     return Chunk(
         token_ids=np.fromiter(chain.from_iterable(ids for ids, *_ in examples), np.int32, total),
