@@ -39,7 +39,7 @@ def engine_of(vocabulary: int, **evaluation) -> FakeEngine:
 def examples(count: int):
     random = np.random.default_rng(3)
     lengths = random.integers(2, 12, count)
-    rows = [(random.integers(1, 16, n).tolist(), [False, *(random.random(n - 1) < 0.7)]) for n in lengths]
+    rows = [(random.integers(1, 16, n).tolist(), [False, *(random.random(n - 1) < 0.7).tolist()]) for n in lengths]
     for _, mask in rows:
         mask[-1] = True
     return build_dataset([(ids, mask, f"x:{number}") for number, (ids, mask) in enumerate(rows)])
