@@ -52,8 +52,9 @@ class RowOrder:
         self._lengths = lengths
         self._seed = seed
         self._group = group
-        examples = np.random.default_rng(seed).permutation(len(lengths))
-        self._packed = pack(lengths, capacity, examples) if capacity else None
+        self._packed = (
+            pack(lengths, capacity, np.random.default_rng(seed).permutation(len(lengths))) if capacity else None
+        )
         self._epoch = -1
         self._rows = self.of_epoch(0)
 

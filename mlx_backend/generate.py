@@ -32,7 +32,7 @@ def generate(
             yield from ((row, token) for _, token in generate(model, selection, [prompt], sampling))
         return
     token_ids, padding = left_padded(prompts)
-    shared = shared_beginning(prompts) if len(prompts) > 1 else 0
+    shared = shared_beginning(prompts)
     cache = make_prompt_cache(model) if len(prompts) == 1 else _batched_cache(model, padding)
     if shared and all(type(each) is BatchKVCache for each in cache):
         _fill(cache, model, selection, prompts[0][:shared], padding)

@@ -22,7 +22,7 @@ import numpy as np
 from common.config import TrainConfig, WeightedPath
 from common.cpus import available_cpus
 from common.data.chat import ChatTokenizer
-from common.data.readers import Raw, read_raw
+from common.data.readers import Raw, label, read_raw
 from common.data.records import summarise
 from common.data.sources import DataFile, Split, list_files
 from common.data.token_store import new_store, open_store, store_folder
@@ -34,7 +34,6 @@ from common.errors import MachineError, UserError
 SMALL_BYTES = 4 * 2**20  # files up to this are tokenised in a second or two: other processes would only start by then
 CHUNK_RECORDS = 1000
 AHEAD = 3  # chunks that are under way for each process
-LINES_NAMED = ("jsonl", "csv", "tsv")
 
 Advance = Callable[[int], None]  # is told how many records are done
 
@@ -49,7 +48,7 @@ def load_dataset(
     """Read and tokenise files; raises UserError for bad records (all of them) and where nothing is left to train."""
     files = list_files(paths, split)
     recipe = Recipe(tokenizer.directory, tuple(files), config.data.model_dump_json(), config.max_seq_length)
-    labels = [f"{file.path}{':' if file.kind in LINES_NAMED else '#'}" for file in files]
+    labels = [label(file) for file in files]
     if _is_small(files):
         data, report = _in_memory(recipe, labels, tokenizer, advance)
     else:

@@ -19,7 +19,7 @@ from common.data.sources import DataFile, list_files, no_examples
 from common.data.tables import read_table
 from common.errors import UserError
 
-__all__ = ["DataFile", "Raw", "RecordError", "decode", "list_files", "place", "read_raw"]
+__all__ = ["DataFile", "Raw", "RecordError", "decode", "label", "list_files", "place", "read_raw"]
 
 MAX_LINE_BYTES = 32 * 2**20  # a context of a million tokens is about 4 MB
 MAX_LIST_BYTES = 2**30
@@ -67,8 +67,12 @@ def decode(raw: Raw) -> Any:
 
 def place(files: Sequence[DataFile], raw: Raw) -> str:
     """Say where a record stands: `path:line` of lines and rows, `path#number` of items."""
-    file = files[raw.file]
-    return f"{file.path}{':' if file.kind in ('jsonl', 'csv', 'tsv') else '#'}{raw.line}"
+    return f"{label(files[raw.file])}{raw.line}"
+
+
+def label(file: DataFile) -> str:
+    """Return what stands before the number of a record in its place."""
+    return f"{file.path}{':' if file.kind in ('jsonl', 'csv', 'tsv') else '#'}"
 
 
 def _payloads(file: DataFile) -> Iterator[tuple[int, Any]]:
