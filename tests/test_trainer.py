@@ -297,14 +297,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stopped_at
     assert whole.plan.total_steps >= 12
 
     first = Run(tmp_path / "parts", **settings)
-    launch = first.engine.train_step
-
-    def stopping(batch, rate):
-        if batch.step == stopped_at:
-            first.stop.signal_name = "SIGINT"
-        return launch(batch, rate)
-
-    first.engine.train_step = stopping
+    first.stop_at(stopped_at)
     assert first.train() is False
     second = Run(tmp_path / "parts", **settings)
     assert second.train(resume=True) is True
