@@ -132,6 +132,12 @@ class Engine(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
 
+    def logits(self, token_ids: Array) -> Array:
+        """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
+
+    def base_weight(self, module: str) -> Array:
+        """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
+
     def memory(self) -> MemoryUse:
         """Read the memory the engine's device holds."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.config import LoraConfig, TrainConfig
 from common.cpus import available_cpus
-from common.engine import MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.engine import Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.errors import UserError
 from common.flat import FlatLayout
 from common.layout import is_packed, supervised_positions
@@ -27,7 +27,7 @@ from common.weights import tensor_names
 from mlx_backend.attention import Packing, SideBySide, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.generate import generate
-from mlx_backend.lora import Adapter, inject, linear_modules
+from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
 from mlx_backend.loss import LossFunction
 from mlx_backend.model import choose_device, load_base, output_head, select_at_head
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
@@ -141,6 +141,16 @@ class MLXEngine:
         self._streams.rejoin()
         self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
         yield from generate(self._model, self._selection, prompts, sampling)
+
+    def logits(self, token_ids: Array) -> Array:
+        """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
+        self._streams.rejoin()
+        self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
+        return np.array(self._model(mx.array(token_ids)).astype(mx.float32))
+
+    def base_weight(self, module: str) -> Array:
+        """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
+        return np.array(dense_weight(module_at(self._model, module)).astype(mx.float32))
 
     def memory(self) -> MemoryUse:
         """Read the memory MLX holds on a GPU; on the CPU, that of the whole process."""

@@ -89,7 +89,7 @@ def inject(model: nn.Module, modules: Sequence[str], rank: int, scale: float, dr
     for path in modules:
         layers[path] = LoRALinear(linear[path], logical_shape(linear[path]), rank, scale, dropout)
         parent, _, name = path.rpartition(".")
-        _module_at(model, parent)[name] = layers[path]
+        module_at(model, parent)[name] = layers[path]
     return Adapter(layers)
 
 
@@ -99,7 +99,16 @@ def logical_shape(linear: nn.Module) -> tuple[int, int]:
     return out_features, columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
 
 
-def _module_at(model: nn.Module, path: str) -> nn.Module:
+def dense_weight(module: nn.Module) -> mx.array:
+    """Return the weight (out, in) under a module, without its adapter, dequantised where it is packed."""
+    base = module.linear if isinstance(module, LoRALinear) else module
+    if not isinstance(base, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return base.weight
+    return mx.dequantize(base.weight, base.scales, base.get("biases"), base.group_size, base.bits, base.mode)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at a dotted path, numbers being places in a list."""
     module = model
     for name in path.split(".") if path else []:
         module = module[int(name)] if name.isdigit() else module[name]

@@ -103,6 +103,13 @@ class FakeEngine:
             last = chooser.choose(self._logits(last))
             yield from chooser.accept(last)
 
+    def logits(self, token_ids: Array) -> Array:
+        return self._logits(token_ids).astype(np.float32)
+
+    def base_weight(self, module: str) -> Array:
+        assert module == MODULE, f"this model has one module, {MODULE}"
+        return self._base.astype(np.float32)
+
     def memory(self) -> MemoryUse:
         return MemoryUse(active_bytes=1000, peak_bytes=2000)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, make_batches, open_fresh
+from safetensors.numpy import load_file
 
 from common.adapter import peft_config, write_adapter
 from common.batches import BatchPlan
@@ -64,6 +65,22 @@ def test_adapter_gives_the_same_loss_in_peft(name: str, llama: Path, tmp_path: P
     expected = transformers_loss(llama, tmp_path, data)
     assert abs(expected - base) > 1  # the adapter does something
     assert total_loss(engine, data, 3)[0] == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_logits_are_those_of_peft_at_every_position(name: str, llama: Path, tmp_path: Path) -> None:
+    engine = open_fresh(name, llama)
+    state = random_state(engine)
+    engine.load_state(state)
+    write_adapter(tmp_path, state.weights, peft_config(LoraConfig(), engine.target_modules(), str(llama), None))
+    token_ids = np.random.default_rng(0).integers(0, 400, (2, 19)).astype(np.int32)
+    expected = peft_logits(llama, tmp_path, token_ids)
+    np.testing.assert_allclose(engine.logits(token_ids), expected, atol=ROUNDING * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"])
+def test_base_weight_is_that_of_the_checkpoint(name: str, module: str, llama: Path) -> None:
+    expected = load_file(llama / "model.safetensors")[f"{module}.weight"]
+    np.testing.assert_array_equal(open_fresh(name, llama).base_weight(module), expected)
 
 
 def test_one_step_is_torch_adamw_with_clipping(name: str, llama: Path) -> None:
@@ -253,6 +270,13 @@ def transformers_loss(directory: Path, adapter: Path | None, data) -> float:
             logits = model(tokens[None]).logits[0, :-1]
         total += F.cross_entropy(logits[mask], tokens[1:][mask], reduction="sum").item()
     return total
+
+
+def peft_logits(directory: Path, adapter: Path, token_ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return transformers_model(directory, adapter)(torch.from_numpy(token_ids.astype(np.int64))).logits.numpy()
 
 
 def transformers_generate(directory: Path, prompt: list[int], length: int) -> list[int]:

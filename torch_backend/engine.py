@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from common.config import LoraConfig, TrainConfig
-from common.engine import LOSS_SCALE, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.engine import LOSS_SCALE, Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.layout import end_to_end, is_packed, supervised_positions
 from common.lora import seed_of
 from common.memory import process_memory
 from common.sampling import Sampling
 from torch_backend.attention import PackedAttention, packed_arguments
 from torch_backend.generate import generate
-from torch_backend.lora import Adapter, inject
+from torch_backend.lora import Adapter, dense_weight, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
 from torch_backend.step import Moments, adamw_update
@@ -124,6 +124,19 @@ class TorchEngine:
         own_attention = self._packing.suspended() if self._packing else contextlib.nullcontext()
         with self._loss.autocast(), own_attention:
             yield from generate(self._model, self._base.config, self._device, prompts, sampling)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Array) -> Array:
+        """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
+        self._model.eval()
+        own_attention = self._packing.suspended() if self._packing else contextlib.nullcontext()
+        with self._loss.autocast(), own_attention:
+            inputs = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+            return self._model(input_ids=inputs, use_cache=False).logits.float().cpu().numpy()
+
+    def base_weight(self, module: str) -> Array:
+        """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
+        return dense_weight(self._base.get_submodule(module)).float().cpu().numpy().copy()
 
     def memory(self) -> MemoryUse:
         """Read the memory torch holds on the GPU; on the CPU, that of the whole process."""

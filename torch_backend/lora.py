@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +44,12 @@ def output_head(model: PreTrainedModel) -> str | None:
     """Return the path of the linear module that makes logits, None where it is none."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """Return the weight (out, in) under a module, without its adapter, dequantised where it is packed."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return dequantize_module_weight(base).detach()
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[str]]:
