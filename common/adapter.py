@@ -19,14 +19,23 @@ from safetensors.numpy import save
 from common.config import LoraConfig
 from common.engine import Array
 from common.errors import UserError
+from common.lora import HEAD, saved_key
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+TIED = "ensure_weight_tying"
+EMBEDDING_KEY, HEAD_KEY = saved_key("model.embed_tokens"), saved_key(HEAD)
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something out of the base
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
-def peft_config(lora: LoraConfig, target_modules: Sequence[str], base: str, revision: str | None) -> dict[str, Any]:
-    """Return the adapter_config.json of an adapter: PEFT's classic keys, which every reader knows."""
+def peft_config(
+    lora: LoraConfig, target_modules: Sequence[str], base: str, revision: str | None, tied_embeddings: bool = False
+) -> dict[str, Any]:
+    """Return the adapter_config.json of an adapter: PEFT's classic keys, which every reader knows.
+
+    One newer key tells PEFT that a matrix trained whole is embedding and head at once (`tied_embeddings`).
+    """
     layers = lora.layers_to_transform
     return {
         "peft_type": "LORA",
@@ -40,20 +49,26 @@ def peft_config(lora: LoraConfig, target_modules: Sequence[str], base: str, revi
         "target_modules": list(target_modules),
         "layers_to_transform": list(layers) if layers is not None else None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(lora.modules_to_save) if lora.modules_to_save else None,
         "auto_mapping": None,
+        **({TIED: True} if tied_embeddings and lora.modules_to_save else {}),
     }
 
 
 def write_adapter(directory: Path, weights: Mapping[str, Array], config: Mapping[str, Any]) -> None:
-    """Write config and weights into a folder that exists."""
+    """Write config and weights into a folder that exists.
+
+    PEFT wants embedding and head in the file even where they are one matrix, which training has once.
+    """
+    if config.get(TIED) and EMBEDDING_KEY in weights:
+        weights = {**weights, HEAD_KEY: weights[EMBEDDING_KEY]}
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tensors(directory / WEIGHTS_NAME, weights)
 
@@ -70,9 +85,12 @@ def read_adapter(directory: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{directory}: has no {WEIGHTS_NAME}; expected a PEFT adapter")
     try:
-        return {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}, config
+        weights = {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read ({error}); save or copy the adapter again") from None
+    if config.get(TIED) and np.array_equal(weights.get(HEAD_KEY, ()), weights.get(EMBEDDING_KEY, (0,))):
+        del weights[HEAD_KEY]
+    return weights, config
 
 
 def _float32(dtype: str, shape: Sequence[int], data: bytes) -> Array:
@@ -97,27 +115,19 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
     """Return the LoRA settings that an adapter_config.json describes; raises UserError for what we can't honour."""
-    extras = (
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "fan_in_fan_out",
-        "use_dora",
-        "target_parameters",
-    )
-    unknown = [key for key in extras if config.get(key)]
+    unknown = [key for key in ("fan_in_fan_out", "target_parameters", "trainable_token_indices") if config.get(key)]
     if unknown or config.get("bias", "none") != "none":
-        raise UserError(f"{source / CONFIG_NAME}: uses {', '.join(unknown or ['bias'])}, which is not supported yet")
+        raise UserError(f"{source / CONFIG_NAME}: uses {', '.join(unknown or ['bias'])}, which is not supported")
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
+        raise UserError(
+            f"{source / CONFIG_NAME}: init_lora_weights: {config['init_lora_weights']}: it was saved against a changed "
+            "base; save it again with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
     if not config.get("target_modules"):
         raise UserError(f"{source / CONFIG_NAME}: names no target_modules; add those the adapter was trained with")
     keys = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "use_rslora",
+        *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+        *("rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora"),
     )
     try:
         return LoraConfig(**{key: config[key] for key in keys if config.get(key) is not None})

@@ -16,7 +16,8 @@ from common.data.dataset import load_training
 from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.hub import resolve_model
-from common.lora import initial_weights
+from common.initial import starting_weights
+from common.lora import as_stored
 
 WARM_UP = 2  # steps: the first compiles, and on some devices the second does too
 
@@ -26,8 +27,8 @@ def bench(config: TrainConfig, source: str, steps: int, as_json: bool) -> None:
     model_dir = resolve_model(require_trainable(config, source), config.revision)
     tokenizer = ChatTokenizer(model_dir)
     data, _, _ = load_training(config, tokenizer)
-    engine = open_engine(choose_engine(config.engine), config, model_dir, config.lora)
-    engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
+    engine = open_engine(choose_engine(config.engine), config, model_dir, as_stored(config.lora))
+    engine.load_state(TrainState.fresh(starting_weights(engine, config.lora, config.seed)))
     figures = measure(engine, BatchPlan.of(data, config), steps, config.learning_rate)
     if as_json:
         print(json.dumps(figures))

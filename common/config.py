@@ -27,6 +27,7 @@ from common.config_checks import (
     conflicts,
     differences_for_resume,
     known_best_metric,
+    known_initialisation,
     known_metric,
     known_optimizer,
     not_yet,
@@ -41,6 +42,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Alpha = Count | Positive
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_texts)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(as_modules)]
 
@@ -111,7 +113,7 @@ class LoraConfig(_Group):
     r: Count = 16
     """Rank: the width of the adapter."""
 
-    lora_alpha: Count = 32
+    lora_alpha: Alpha = 32
     """Numerator of the scale alpha / r (alpha / sqrt(r) with `use_rslora`)."""
 
     lora_dropout: Fraction = 0.0
@@ -128,11 +130,25 @@ class LoraConfig(_Group):
     )
     """Layer number or numbers, from 0, to adapt; null for all."""
 
+    rank_pattern: dict[Name, Count] = Field(default={}, examples=[{"down_proj": 8}])
+    """Other ranks for modules whose name ends with a regular expression; the first that matches counts."""
+
+    alpha_pattern: dict[Name, Alpha] = Field(default={}, examples=[{"down_proj": 16}])
+    """Other alphas likewise."""
+
+    modules_to_save: Annotated[tuple[Name, ...], BeforeValidator(as_texts)] | None = Field(
+        default=None, examples=[["embed_tokens", "lm_head"]]
+    )
+    """Modules to train whole instead, by last name: embeddings and head for new tokens, norms."""
+
+    init_lora_weights: Annotated[bool | Name, AfterValidator(known_initialisation)] = True
+    """Where the adapter starts: true (A as a linear layer, B zero), gaussian, pissa, pissa_niter_4, olora."""
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732)."""
 
     use_dora: bool = False
-    """Learn magnitude and direction apart (arXiv:2402.09353)."""
+    """Learn magnitude and direction of each row apart (arXiv:2402.09353)."""
 
     bias: Literal["none"] = "none"
     """Which biases are trained."""

@@ -75,6 +75,15 @@ def as_modules(value: Any) -> str | tuple[str, ...]:
     return value
 
 
+def known_initialisation(value: bool | str) -> bool | str:
+    """Accept the starting points of an adapter that need neither data nor another base."""
+    if value in (True, "gaussian", "pissa", "olora") or re.fullmatch(r"pissa_niter_\d+", str(value)):
+        return value
+    if value == "loftq":
+        raise ValueError("LoftQ needs a base that is quantised anew around the adapter, so none is exact; write pissa")
+    raise ValueError("expected true, gaussian, pissa, pissa_niter_<n> or olora")
+
+
 def known_optimizer(value: str) -> str:
     """Accept the names that mean AdamW, the one optimizer here."""
     if value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf", "adamw_mlx"):
@@ -115,6 +124,12 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
     yield from _dtype_conflicts(config)
     yield from _quantization_conflicts(config)
     yield from _best_conflicts(config)
+    if config.adapter_name_or_path and config.lora.init_lora_weights is not True:
+        yield Conflict(
+            ("lora.init_lora_weights", "adapter_name_or_path"),
+            f"found {config.lora.init_lora_weights}, but adapter_name_or_path says where the adapter starts; "
+            "write init_lora_weights: true",
+        )
     if config.warmup_steps and config.warmup_ratio:
         yield Conflict(("warmup_ratio", "warmup_steps"), "warmup_steps is set too; keep one of them")
     if config.max_steps <= 0 and config.num_train_epochs <= 0:
@@ -265,5 +280,4 @@ def not_yet(config: TrainConfig) -> Iterator[Conflict]:
 # Valid keys that nothing honours yet, with what to write: delete a line once its feature works.
 _NOT_YET = {
     "report_to": 'only "none" is there yet; metrics.jsonl holds every metric',
-    "lora.use_dora": "write use_dora: false",
 }

@@ -144,11 +144,15 @@ def _explain(problem: Mapping[str, Any], keys: Mapping[str, dict[str, Any]]) -> 
     if problem["type"] == "value_error":
         return key, "", f"found {found_text(problem['input'])}; {problem['ctx']['error']}"
     schema = keys[key]
+    if "additionalProperties" in schema and (names := location[len(key.split(".")) :]):
+        key, schema = f"{key}.{names[0]}", schema["additionalProperties"]
     text = f"found {found_text(problem['input'])}; expected {_expected(schema)}"
     example = next((e for e in [*schema.get("examples", []), schema.get("default")] if e), None)
     if example is None or "enum" in schema:
         return key, "", text
     shown = example if isinstance(example, str) else found_text(example)
+    if isinstance(example, Mapping):
+        shown = f"{{{', '.join(f'{name}: {value}' for name, value in example.items())}}}"
     return key, "", f"{text}; write e.g. {key.rpartition('.')[2]}: {shown}"
 
 
@@ -198,6 +202,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if "properties" in schema:
         return f"a group of keys ({', '.join(schema['properties'])})"
+    if "additionalProperties" in schema:
+        return f"a group of names, each with {_expected(schema['additionalProperties'])}"
     limits = {
         "minimum": "of at least",
         "exclusiveMinimum": "above",

@@ -106,6 +106,7 @@ class Engine(Protocol):
     device_type: str  # "cuda", "metal", "mps" or "cpu"
     device: str  # as a person would say it: "NVIDIA H200", "the CPU (2 threads)"
     dtype: str  # of the base weights and activations
+    tied_embeddings: bool  # whether the head's matrix is that of the token embedding
     versions: Mapping[str, str]  # library -> version
 
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:

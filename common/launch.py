@@ -25,13 +25,14 @@ from common.config import TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset
 from common.display import say
-from common.engine import Array, Engine, TrainState, choose_engine, open_engine
+from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
 from common.evaluate import Evaluation, evaluate
 from common.finish import Ending
 from common.hub import resolve_model
+from common.initial import starting_weights
 from common.inputs import TestSet, read_test, read_training
-from common.lora import initial_weights
+from common.lora import as_stored
 from common.metrics import MetricsLog
 from common.progress import LoggedReporter, clock, make_reporter
 from common.run import Identity, RunFolder, Start, alone_in, refuse_other_run
@@ -87,17 +88,18 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
     test = read_test(config.data.test, config, tokenizer, console) if config.data.test else None
     plan = BatchPlan.of(data, config)
     engine = _open(name, config, model_dir, console)
-    adapter = peft_config(config.lora, engine.target_modules(), base, config.revision)
+    adapter = peft_config(
+        as_stored(config.lora), engine.target_modules(), base, config.revision, engine.tied_embeddings
+    )
     folder = RunFolder(
         config,
         Identity(data.fingerprint(), fingerprint(model_dir), given.fingerprint if given else ""),
         AdapterFiles(adapter, tokenizer.files),
         plan.total_steps,
     )
-    fresh = initial_weights(engine.adapter_shapes(), config.seed)
     if given:
         given.check_fits(engine.adapter_shapes(), config.lora)
-    start = _start(folder, request, given, fresh, engine, console)
+    start = _start(folder, request, given, config, engine, console)
     if folder.is_finished(start):
         say(
             console,
@@ -109,7 +111,7 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
     if test:
         # The person waits: where there are scores to show, the loss on the test file is left to `twintune evaluate`.
         shown = TestSet(None if config.evaluation.metrics else test.data, test.questions)
-        _compare(engine, config, shown, tokenizer, TrainState.fresh(fresh), console)
+        _compare(engine, config, shown, tokenizer, console)
     say(console, f"The adapter is in {folder.final}")
     engine.close()
 
@@ -131,15 +133,14 @@ def evaluate_adapter(
     tokenizer = ChatTokenizer(model_dir)
     test = read_test(paths, config, tokenizer, console)
     engine = _open(name, config, model_dir, console)
-    fresh = TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed))
     if adapter is None:
-        engine.load_state(fresh)
+        engine.load_state(_untrained(engine, config))
         result = _evaluate("base", engine, config, test, tokenizer, console)
         display.scores({"base": result.scores}, console)
         return {"base": result.scores}
     check_adapter(weights, engine.adapter_shapes(), adapter, trained=False)
     engine.load_state(TrainState.fresh(weights))
-    return _compare(engine, config, test, tokenizer, fresh, console)
+    return _compare(engine, config, test, tokenizer, console)
 
 
 def _train(
@@ -178,7 +179,7 @@ def _start(
     folder: RunFolder,
     request: Request,
     given: StartAdapter | None,
-    fresh: Mapping[str, Array],
+    config: TrainConfig,
     engine: Engine,
     console: Console,
 ) -> Start:
@@ -192,15 +193,22 @@ def _start(
         engine.load_state(start.state)
         say(console, f"Resuming {start.checkpoint} after step {start.progress.step}")
         return start
-    engine.load_state(TrainState.fresh(given.weights if given else fresh))
     if given:
+        engine.load_state(TrainState.fresh(given.weights))
         say(console, f"Starting from {given}")
+    else:
+        engine.load_state(TrainState.fresh(starting_weights(engine, config.lora, config.seed)))
     return start
+
+
+def _untrained(engine: Engine, config: TrainConfig) -> TrainState:
+    """Return an adapter that changes nothing, whatever training starts from."""
+    return TrainState.fresh(starting_weights(engine, as_stored(config.lora), config.seed))
 
 
 def _open(name: str, config: TrainConfig, model_dir: Path, console: Console) -> Engine:
     say(console, f"Loading {model_dir} with the {name} engine ...")
-    engine = open_engine(name, config, model_dir, config.lora)
+    engine = open_engine(name, config, model_dir, as_stored(config.lora))
     trainable = sum(math.prod(shape) for shape in engine.adapter_shapes().values())
     versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
     say(
@@ -229,12 +237,11 @@ def _compare(
     config: TrainConfig,
     test: TestSet,
     tokenizer: ChatTokenizer,
-    base: TrainState,
     console: Console,
 ) -> Mapping[str, Mapping[str, float]]:
     """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both."""
     tuned = _evaluate("adapter", engine, config, test, tokenizer, console)
-    engine.load_state(base)
+    engine.load_state(_untrained(engine, config))
     before = _evaluate("base", engine, config, test, tokenizer, console)
     display.answers(test.questions[: config.evaluation.samples], before.answers, tuned.answers, console)
     scores = {"base": before.scores, "adapter": tuned.scores}

@@ -1,7 +1,8 @@
-"""Which modules carry an adapter, what their tensors are called, and the values they start from.
+"""Which modules carry an adapter, what their tensors are called, and by what they are scaled.
 
-Both engines ask here, so that one config means the same modules and bit-equal initial weights on either.
-Matching follows PEFT (`peft.tuners.tuners_utils.check_target_module_exists`), which the tests use as oracle.
+Both engines ask here, so that one config means the same modules on either. Matching follows PEFT
+(`peft.tuners.tuners_utils.check_target_module_exists`, `peft.utils.other.get_pattern_key`), which the tests use as
+oracle; unlike PEFT, a name that matches nothing is refused.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.engine import Array
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from common.config import LoraConfig
+    from common.engine import Array
+    from common.flat import FlatLayout
 
 PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
+MAGNITUDE = "lora_magnitude_vector"
 
 
 def lora_a_key(module: str) -> str:
@@ -34,34 +38,111 @@ def lora_b_key(module: str) -> str:
     return f"{PREFIX}{module}.lora_B.weight"
 
 
+def magnitude_key(module: str) -> str:
+    """Name the (out,) tensor that DoRA adds to a module as PEFT stores it."""
+    return f"{PREFIX}{module}.{MAGNITUDE}"
+
+
+def saved_key(module: str) -> str:
+    """Name the weight of a module that is trained whole as PEFT stores it."""
+    return f"{PREFIX}{module}.weight"
+
+
 def module_of_key(key: str) -> str:
     """Return the module that an adapter key belongs to."""
-    return key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+    return re.sub(r"(\.lora_.*|\.weight)$", "", key.removeprefix(PREFIX))
 
 
-def scaling(lora: LoraConfig) -> float:
-    """Return the factor on B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
-    return lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+def module_rank(module: str, lora: LoraConfig) -> int:
+    """Return the rank of a module's adapter: that of the first pattern which matches its name, else `r`."""
+    return lora.rank_pattern.get(_pattern(module, lora.rank_pattern), lora.r)
+
+
+def module_scaling(module: str, lora: LoraConfig) -> float:
+    """Return the factor on a module's B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
+    rank = module_rank(module, lora)
+    alpha = lora.alpha_pattern.get(_pattern(module, lora.alpha_pattern), lora.lora_alpha)
+    return alpha / (math.sqrt(rank) if lora.use_rslora else rank)
+
+
+def as_stored(lora: LoraConfig) -> LoraConfig:
+    """Return the plain LoRA that an adapter is in memory and in files.
+
+    PiSSA and OLoRA start from a part of the base, B0 A0, and train B A - B0 A0. As one product that is [B, B0] and
+    [A; -A0], of twice the rank and alpha: no base is ever changed, and every reader of LoRA reads it.
+    """
+    if not keeps_start(lora):
+        return lora.model_copy(update={"init_lora_weights": True})
+    grown = math.sqrt(2) if lora.use_rslora else 2
+    return lora.model_copy(
+        update={
+            "r": 2 * lora.r,
+            "lora_alpha": grown * lora.lora_alpha,
+            "rank_pattern": {name: 2 * rank for name, rank in lora.rank_pattern.items()},
+            "alpha_pattern": {name: grown * alpha for name, alpha in lora.alpha_pattern.items()},
+            "init_lora_weights": True,
+        }
+    )
+
+
+def keeps_start(lora: LoraConfig) -> bool:
+    """Tell whether the second half of every A and B is the start that training is relative to, and stays."""
+    return lora.init_lora_weights not in (True, "gaussian")
+
+
+def trainable_entries(layout: FlatLayout, lora: LoraConfig) -> Array | None:
+    """Return 1.0 where an entry of the flat adapter is trained and 0.0 where it stays; None where all are."""
+    if not keeps_start(lora):
+        return None
+    mask = np.ones(layout.size, np.float32)
+    for key, value in layout.unflatten(mask).items():
+        if ".lora_A." in key:
+            value[len(value) // 2 :] = 0
+        elif ".lora_B." in key:
+            value[:, value.shape[1] // 2 :] = 0
+    return mask
 
 
 def select_modules(linear: Sequence[str], head: str | None, lora: LoraConfig) -> list[str]:
     """Return the linear modules that the config targets, in model order.
 
     `linear` names every linear module of the model, `head` the output head, which `all-linear` leaves out.
-    Raises UserError where nothing matches, with what there is to choose from.
+    Raises UserError where nothing matches, or one of several names, with what there is to choose from.
     """
+    wanted = [name for name in linear if not lora.modules_to_save or not _matches(name, lora.modules_to_save, None)]
     chosen = [
         name
-        for name in linear
+        for name in wanted
         if _targeted(name, lora.target_modules, lora.layers_to_transform, head)
         and not (lora.exclude_modules and _matches(name, lora.exclude_modules, None))
     ]
     if not chosen:
-        raise UserError(
-            f"lora.target_modules: {lora.target_modules!r} matches no linear module of this model; "
-            f"choose among: {', '.join(_suffixes(linear))}, or {ALL_LINEAR}"
-        )
+        raise _unmatched(lora.target_modules, linear)
+    if not isinstance(lora.target_modules, str):
+        for name in lora.target_modules:
+            if not any(_matches(each, (name,), None) for each in linear):
+                raise _unmatched(name, linear)
+    _refuse_idle_patterns(chosen, lora)
     return chosen
+
+
+def select_saved(modules: Sequence[str], tied_embedding: str | None, lora: LoraConfig) -> list[str]:
+    """Return the modules that the config wants trained whole, in model order.
+
+    `modules` names those that have a weight. Where embedding and head are one matrix, `tied_embedding`, either name
+    means that. Raises UserError for a name that matches nothing.
+    """
+    chosen = set()
+    for name in lora.modules_to_save or ():
+        means = tied_embedding if tied_embedding and name == HEAD else name
+        matching = [module for module in modules if _matches(module, (means,), None)]
+        if not matching:
+            raise UserError(
+                f"lora.modules_to_save: {name!r} matches no module with a weight of its own; "
+                f"choose among: {', '.join(_suffixes(modules))}"
+            )
+        chosen.update(matching)
+    return [module for module in modules if module in chosen]
 
 
 def portable_target_modules(chosen: Sequence[str], linear: Sequence[str], lora: LoraConfig) -> list[str]:
@@ -74,25 +155,9 @@ def portable_target_modules(chosen: Sequence[str], linear: Sequence[str], lora: 
     return names if selected == list(chosen) else sorted(chosen)
 
 
-def initial_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
-    """Draw the starting adapter: A uniform within 1 / sqrt(in_features) as PEFT does, B zero.
-
-    Each tensor has a generator of its own, seeded by (seed, key): the order of modules doesn't matter.
-    """
-    return {key: _initial_tensor(key, shape, seed) for key, shape in shapes.items()}
-
-
 def seed_of(name: str) -> int:
     """Return 64 bits that belong to a name, for generators which must not depend on the order of calls."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-
-
-def _initial_tensor(key: str, shape: tuple[int, ...], seed: int) -> Array:
-    if ".lora_B." in key:
-        return np.zeros(shape, np.float32)
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).random(shape, np.float32)
-    return (draw * 2 - 1) * np.float32(1 / math.sqrt(shape[-1]))
 
 
 def _targeted(name: str, pattern: str | Sequence[str], layers: int | Sequence[int] | None, head: str | None) -> bool:
@@ -107,6 +172,30 @@ def _matches(name: str, pattern: str | Sequence[str], head: str | None) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == each or name.endswith(f".{each}") for each in pattern)
+
+
+def _pattern(module: str, patterns: Mapping[str, float]) -> str:
+    return next((each for each in patterns if re.match(rf"(.*\.)?({each})$", module)), "")
+
+
+def _refuse_idle_patterns(chosen: Sequence[str], lora: LoraConfig) -> None:
+    for option, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        used = {_pattern(module, patterns) for module in chosen}
+        idle = [each for each in patterns if each not in used]
+        if idle:
+            raise UserError(
+                f"lora.{option}: {idle[0]!r} is the pattern of no targeted module, or an earlier one takes them all; "
+                f"expected the end of a name such as {_suffixes(chosen)[0]}"
+            )
+
+
+def _unmatched(pattern: str | Sequence[str], linear: Sequence[str]) -> UserError:
+    is_vocabulary = pattern in ("embed_tokens", HEAD)
+    whole = f"; to train {pattern} whole, write modules_to_save: [{pattern}]" if is_vocabulary else ""
+    return UserError(
+        f"lora.target_modules: {pattern!r} matches no linear module of this model; "
+        f"choose among: {', '.join(_suffixes(linear))}, or {ALL_LINEAR}{whole}"
+    )
 
 
 def _layer_wanted(name: str, layers: int | Sequence[int] | None) -> bool:

@@ -20,14 +20,20 @@ from common.engine import Array, MemoryUse, MicroBatch, StepBatch, StepResult, T
 from common.errors import UserError
 from common.flat import FlatLayout
 from common.layout import is_packed, supervised_positions
-from common.lora import portable_target_modules, scaling, seed_of, select_modules
+from common.lora import (
+    portable_target_modules,
+    seed_of,
+    select_modules,
+    select_saved,
+    trainable_entries,
+)
 from common.memory import process_memory
 from common.sampling import Sampling
 from common.weights import tensor_names
 from mlx_backend.attention import Packing, SideBySide, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.generate import generate
-from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
+from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at, weighted_modules
 from mlx_backend.loss import LossFunction
 from mlx_backend.model import choose_device, load_base, output_head, select_at_head
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
@@ -67,6 +73,7 @@ class MLXEngine:
         self._seed = config.seed
         self._dropout = lora.lora_dropout if lora else 0.0
         self._model = load_base(model_dir, self.dtype, config.quantization)
+        self.tied_embeddings = output_head(self._model)[0] not in linear_modules(self._model)
         self._targets, self._adapter = self._inject(model_dir, lora)
         self._selection = select_at_head(self._model)
         self._packs = config.packing
@@ -79,7 +86,7 @@ class MLXEngine:
         self._loss = LossFunction(self._model, self._selection, packing, self._adapter, self._layout)
         self._micro_gradient = make_micro_gradient(self._loss, self._streams, self.dtype)
         self._evaluate = make_evaluation(self._loss, self._streams)
-        self._update = make_update(config)
+        self._update = make_update(config, trainable_entries(self._layout, config.lora))
         self._weights, self._moment1, self._moment2 = (mx.zeros(self._layout.size) for _ in range(3))
         self._count = mx.array(0.0)
 
@@ -150,7 +157,9 @@ class MLXEngine:
 
     def base_weight(self, module: str) -> Array:
         """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
-        return np.array(dense_weight(module_at(self._model, module)).astype(mx.float32))
+        kept = self._adapter.base_weight(module)
+        weight = dense_weight(module_at(self._model, module)) if kept is None else kept
+        return np.array(weight.astype(mx.float32))
 
     def memory(self) -> MemoryUse:
         """Read the memory MLX holds on a GPU; on the CPU, that of the whole process."""
@@ -163,18 +172,18 @@ class MLXEngine:
 
     def _inject(self, model_dir: Path, lora: LoraConfig | None) -> tuple[list[str], Adapter]:
         if lora is None:
-            return [], Adapter({})
-        linear = list(linear_modules(self._model))
-        chosen = select_modules(linear, output_head(self._model)[0], lora)
+            return [], Adapter({}, {})
+        linear, head = list(linear_modules(self._model)), output_head(self._model)[0]
+        chosen = select_modules(linear, head, lora)
+        saved = select_saved(list(weighted_modules(self._model)), head if self.tied_embeddings else None, lora)
         known = tensor_names(model_dir)
-        foreign = [path for path in chosen if f"{path}.weight" not in known]
+        foreign = [path for path in [*chosen, *saved] if f"{path}.weight" not in known]
         if foreign:
             raise UserError(
                 f"{model_dir}: mlx-lm names {foreign[0]} (and {len(foreign) - 1} more) otherwise than the checkpoint, "
                 "so a PEFT adapter of it would not load elsewhere; train this architecture with --engine torch"
             )
-        adapter = inject(self._model, chosen, lora.r, scaling(lora), lora.lora_dropout)
-        return portable_target_modules(chosen, linear, lora), adapter
+        return portable_target_modules(chosen, linear, lora), inject(self._model, chosen, saved, lora)
 
     def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:
         """Give the arguments of the loss for each group of rows."""

@@ -1,4 +1,4 @@
-"""LoRA on MLX: the layer, and putting it around the linear modules that the config targets.
+"""LoRA and DoRA on MLX: the layers, and putting them around the linear modules that the config targets.
 
 Weights are kept as PEFT keeps them, A (r, in) and B (out, r) in float32, so nothing is transposed on the way to
 a file. Both matmuls run in the dtype of the activations, as torch's autocast does: float32 weights that promote
@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from common.lora import lora_a_key, lora_b_key
+from common.config import LoraConfig
+from common.errors import UserError
+from common.lora import lora_a_key, lora_b_key, magnitude_key, module_rank, module_scaling, saved_key
 
 
 class LoRALinear(nn.Module):
     """Add scale * B A x to what a frozen linear module returns."""
 
-    def __init__(self, linear: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float) -> None:
-        """Wrap `linear`, of logical shape (out, in) whatever its weights are packed as."""
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        """Wrap `linear`, whatever its weights are packed as."""
         super().__init__()
-        out_features, in_features = shape
+        out_features, in_features = logical_shape(linear)
         self.linear = linear
         self.lora_a = mx.zeros((rank, in_features))
         self.lora_b = mx.zeros((out_features, rank))
@@ -31,8 +33,10 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        low = self._dropped(x) @ self.lora_a.astype(x.dtype).T
-        return self.linear(x) + low @ (self._scale * self.lora_b).astype(x.dtype).T
+        return self.linear(x) + self._low_rank(self._dropped(x))
+
+    def _low_rank(self, x: mx.array) -> mx.array:
+        return x @ self.lora_a.astype(x.dtype).T @ (self._scale * self.lora_b).astype(x.dtype).T
 
     def _dropped(self, x: mx.array) -> mx.array:
         if self._dropout_key is None:
@@ -41,27 +45,64 @@ class LoRALinear(nn.Module):
         return mx.where(keep, x * (1.0 / self._keep), 0.0).astype(x.dtype)
 
 
-class Adapter:
-    """Know the LoRA layers of a model and set their weights, real ones or those a gradient is taken of."""
+class DoRALinear(LoRALinear):
+    """Give each row of W + scale * B A a magnitude that is learnt by itself (DoRA, arXiv:2402.09353).
 
-    def __init__(self, layers: Mapping[str, LoRALinear]) -> None:
+    As in PEFT the rows' norms are constants to the gradient. They come without the sum W + scale * B A ever being
+    formed: |w + s b A|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T b), where A w is the linear module applied to A.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        """Wrap `linear` and remember the norms of its rows."""
+        super().__init__(linear, rank, scale, dropout)
+        self.lora_magnitude = mx.zeros(len(self.lora_b))
+        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=1)
+        mx.eval(self._squares)  # here, so that one dense matrix lives at a time
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., in) to (..., out)."""
+        plain, dropped = self.linear(x), self._dropped(x)
+        straight = self._straight(plain if self._dropout_key is None else self.linear(dropped))
+        factor = self.lora_magnitude / mx.stop_gradient(self._norms())
+        return plain + ((factor - 1) * straight + factor * self._low_rank(dropped)).astype(plain.dtype)
+
+    def _straight(self, output: mx.array) -> mx.array:
+        return output - self.linear.bias if "bias" in self.linear else output
+
+    def _norms(self) -> mx.array:
+        a, b = mx.stop_gradient(self.lora_a), self._scale * mx.stop_gradient(self.lora_b)
+        crossed = self._straight(self.linear(a)).T  # W A^T
+        return mx.sqrt(self._squares + (b * (2 * crossed + b @ (a @ a.T))).sum(axis=1))
+
+
+class Adapter:
+    """Know where the adapter's tensors are in a model, and put weights there, real ones or those a gradient is of."""
+
+    def __init__(self, layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module]) -> None:
+        """Take the LoRA layers and the modules trained whole, by path."""
         self._layers = layers
+        self._base = {path: module.weight for path, module in saved.items()}
+        self._places = {saved_key(path): (module, "weight") for path, module in saved.items()}
+        for path, layer in layers.items():
+            self._places |= {lora_a_key(path): (layer, "lora_a"), lora_b_key(path): (layer, "lora_b")}
+            if isinstance(layer, DoRALinear):
+                self._places[magnitude_key(path)] = (layer, "lora_magnitude")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of every adapter tensor by PEFT key."""
-        return {
-            key: tensor.shape
-            for module, layer in self._layers.items()
-            for key, tensor in ((lora_a_key(module), layer.lora_a), (lora_b_key(module), layer.lora_b))
-        }
+        return {key: module[name].shape for key, (module, name) in self._places.items()}
 
     def bind(self, weights: Mapping[str, mx.array], dropout_key: mx.array | None = None) -> None:
         """Set the weights that the next forward pass uses, and the key of its dropout masks (None: no dropout)."""
+        for key, (module, name) in self._places.items():
+            module[name] = weights[key] if isinstance(module, LoRALinear) else weights[key].astype(module[name].dtype)
         keys = [None] * len(self._layers) if dropout_key is None else mx.random.split(dropout_key, len(self._layers))
-        for (module, layer), key in zip(self._layers.items(), keys, strict=True):
-            layer.lora_a = weights[lora_a_key(module)]
-            layer.lora_b = weights[lora_b_key(module)]
+        for layer, key in zip(self._layers.values(), keys, strict=True):
             layer._dropout_key = key
+
+    def base_weight(self, path: str) -> mx.array | None:
+        """Return the weight that a module trained whole had before, None for any other module."""
+        return self._base.get(path)
 
 
 def dropout_keys(module: nn.Module) -> list[mx.array | None]:
@@ -81,16 +122,31 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, nn.Linear | nn.QuantizedLinear)}
 
 
-def inject(model: nn.Module, modules: Sequence[str], rank: int, scale: float, dropout: float) -> Adapter:
-    """Freeze the model and wrap the named linear modules in place; returns the adapter they make up."""
+def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that have a weight of their own, by path in model order."""
+    return {path: module for path, module in reversed(model.named_modules()) if "weight" in module}
+
+
+def inject(model: nn.Module, modules: Sequence[str], saved: Sequence[str], lora: LoraConfig) -> Adapter:
+    """Freeze the model, wrap the named linear modules in place and thaw those trained whole; returns their adapter.
+
+    Raises UserError for a module to train whole that is quantised or has more than a weight.
+    """
     model.freeze()
-    linear = linear_modules(model)
+    whole = {path: module_at(model, path) for path in saved}
+    for path, module in whole.items():
+        if len(module.parameters()) > 1:
+            what = "has a bias, which can't be" if "scales" not in module else "is quantised, and can't be"
+            raise UserError(f"lora.modules_to_save: {path} {what} trained whole; target it with lora.target_modules")
+        module.unfreeze(recurse=False)
+    kind = DoRALinear if lora.use_dora else LoRALinear
     layers = {}
     for path in modules:
-        layers[path] = LoRALinear(linear[path], logical_shape(linear[path]), rank, scale, dropout)
         parent, _, name = path.rpartition(".")
-        module_at(model, parent)[name] = layers[path]
-    return Adapter(layers)
+        holder = module_at(model, parent)
+        layers[path] = kind(holder[name], module_rank(path, lora), module_scaling(path, lora), lora.lora_dropout)
+        holder[name] = layers[path]
+    return Adapter(layers, whole)
 
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:

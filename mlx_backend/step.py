@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from common.config import TrainConfig
-from common.engine import LOSS_SCALE
+from common.engine import LOSS_SCALE, Array
 from mlx_backend.loss import LossFunction, two_level_sum
 from mlx_backend.streams import Streams
 
@@ -54,11 +54,11 @@ def make_evaluation(loss: LossFunction, streams: Streams) -> Callable:
     return compiler()(lambda flat, parts: streams.sum(partial(loss, loss.split(flat)), parts))
 
 
-def make_update(config: TrainConfig) -> Callable:
+def make_update(config: TrainConfig, trainable: Array | None = None) -> Callable:
     """Return the clipped AdamW update with the config's constants.
 
     f(flat weights, moment1, moment2, update count, gradient, loss sum, learning rate) -> (the first four, updated;
-    gradient norm; whether it was finite). Where it was not, nothing changes.
+    gradient norm; whether it was finite). Where it was not, nothing changes; weights where `trainable` is 0 never do.
     """
     return compiler()(
         partial(
@@ -68,6 +68,7 @@ def make_update(config: TrainConfig) -> Callable:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
             max_norm=config.max_grad_norm,
+            trainable=None if trainable is None else mx.array(trainable),
         )
     )
 
@@ -86,7 +87,11 @@ def _adamw(
     epsilon: float,
     weight_decay: float,
     max_norm: float,
+    trainable: mx.array | None,
 ) -> tuple[mx.array, ...]:
+    decay = learning_rate * weight_decay
+    if trainable is not None:
+        gradient, decay = gradient * trainable, decay * trainable
     norm = mx.sqrt(two_level_sum(mx.square(gradient)))
     finite = mx.isfinite(norm) & mx.isfinite(loss_sum)
     if max_norm > 0:
@@ -98,7 +103,7 @@ def _adamw(
     new1 = beta1 * moment1 + (1 - beta1) * gradient
     new2 = beta2 * moment2 + (1 - beta2) * mx.square(gradient)
     denominator = mx.sqrt(new2) / mx.sqrt(correction2) + epsilon
-    new = flat * (1 - learning_rate * weight_decay) - (learning_rate / correction1) * (new1 / denominator)
+    new = flat * (1 - decay) - (learning_rate / correction1) * (new1 / denominator)
     return (
         mx.where(finite, new, flat),
         mx.where(finite, new1, moment1),

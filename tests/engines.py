@@ -11,7 +11,8 @@ import numpy as np
 from common.config import LoraConfig, TrainConfig
 from common.data.tokens import TokenDataset, build_dataset
 from common.engine import Engine, TrainState, open_engine
-from common.lora import initial_weights
+from common.initial import starting_weights
+from common.lora import as_stored
 
 ENGINES = ("mlx", "torch")
 # MLX multiplies float32 in TensorFloat-32 on CUDA unless told not to; the tests compare with exact float32.
@@ -22,8 +23,8 @@ DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
 def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **settings: object) -> Engine:
     """Open an engine in float32, unless told otherwise, with the initial adapter of seed 42."""
     config = TrainConfig(**({"device": DEVICE, "dtype": "float32"} | settings), lora=lora or LoraConfig())
-    engine = open_engine(name, config, model, config.lora)
-    engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
+    engine = open_engine(name, config, model, as_stored(config.lora))
+    engine.load_state(TrainState.fresh(starting_weights(engine, config.lora, config.seed)))
     return engine
 
 

@@ -14,7 +14,7 @@ from common.config import TrainConfig
 from common.engine import Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.flat import FlatLayout
 from common.layout import supervised_positions
-from common.lora import lora_a_key, lora_b_key, scaling
+from common.lora import lora_a_key, lora_b_key, module_scaling
 from common.sampling import Chooser, Sampling
 
 MODULE = "model.layers.0.proj"
@@ -41,6 +41,7 @@ class FakeEngine:
     device_type: str = "cpu"
     device: str = "no device"
     dtype: str = "float32"
+    tied_embeddings: bool = False
     versions: Mapping[str, str] = field(default_factory=lambda: {"numpy": np.__version__})
     calls: list[str] = field(default_factory=list)
 
@@ -124,7 +125,7 @@ class FakeEngine:
     def _logits(self, tokens: Array) -> Array:
         weights = self._layout.unflatten(self._weights)
         x = self._embedding[tokens]
-        return x @ self._base.T + scaling(self.config.lora) * (x @ weights[A].T) @ weights[B].T
+        return x @ self._base.T + module_scaling(MODULE, self.config.lora) * (x @ weights[A].T) @ weights[B].T
 
     def _loss_and_gradient(self, micro: MicroBatch) -> tuple[float, Array]:
         """Return the summed cross-entropy of the supervised positions and its gradient, flat."""
@@ -136,7 +137,7 @@ class FakeEngine:
         loss = -(log_probabilities[rows, targets] * weight).sum()
         error = np.exp(log_probabilities)
         error[rows, targets] -= 1
-        error *= weight[:, None] * scaling(self.config.lora)
+        error *= weight[:, None] * module_scaling(MODULE, self.config.lora)
         weights, x = self._layout.unflatten(self._weights), self._embedding[tokens]
         gradients = {A: (error @ weights[B]).T @ x, B: error.T @ (x @ weights[A].T)}
         return float(loss), np.concatenate([gradients[key].reshape(-1) for key in self._layout.shapes])

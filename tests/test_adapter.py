@@ -20,7 +20,8 @@ from common.adapter import (
 )
 from common.config import LoraConfig
 from common.errors import UserError
-from common.lora import initial_weights, lora_a_key, lora_b_key, portable_target_modules, scaling, select_modules
+from common.initial import initial_weights
+from common.lora import lora_a_key, lora_b_key, module_scaling, portable_target_modules, select_modules
 
 A, B = lora_a_key("layers.0.q_proj"), lora_b_key("layers.0.q_proj")
 SHAPES = {A: (4, 16), B: (8, 4)}
@@ -79,7 +80,7 @@ def test_peft_computes_with_what_we_write(tmp_path, llama, lora):
     expected = {m: base.get_submodule(m).weight.detach().clone() for m in shapes}
     for module in modules:
         delta = weights[lora_b_key(module)] @ weights[lora_a_key(module)]
-        expected[module] += scaling(lora) * torch.from_numpy(delta)
+        expected[module] += module_scaling(module, lora) * torch.from_numpy(delta)
     merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     for module, weight in expected.items():
         # The same float32 product through another BLAS; entries are of order ten.
@@ -169,11 +170,9 @@ def test_a_weights_file_cut_off_is_named(tmp_path, place):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "uses use_dora, which is not supported yet"),
-        ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}, "modules_to_save": ["lm_head"]}, "uses alpha_pattern, modules_to_save"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
-        ({"target_parameters": ["experts.weight"]}, "uses target_parameters"),
+        ({"fan_in_fan_out": True, "target_parameters": ["experts.weight"]}, "uses fan_in_fan_out, target_parameters"),
+        ({"trainable_token_indices": [5]}, "uses trainable_token_indices, which is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "saved against a changed base; save it again"),
         ({"bias": "all"}, "uses bias"),
         ({"target_modules": None}, "names no target_modules"),
         ({"r": 0}, "adapter_config.json: .*r"),

@@ -230,6 +230,10 @@ def test_a_typo_is_not_reported_again_as_a_missing_key():
         ("eval_strategy: epoch", ("eval_strategy", "data.validation")),
         ("packing: true\ngroup_by_length: true", ("group_by_length", "packing")),
         ("num_train_epochs: 0", ("num_train_epochs", "max_steps: -1")),
+        (
+            "adapter_name_or_path: a\nlora: {init_lora_weights: pissa}",
+            ("lora.init_lora_weights: found pissa", "adapter_name_or_path says"),
+        ),
         ("early_stopping_patience: 3", ("early_stopping_patience: found 3", "eval_strategy: steps or epoch")),
         ("load_best_model_at_end: true", ("load_best_model_at_end: found true", "eval_strategy: steps or epoch")),
         (
@@ -256,10 +260,29 @@ def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora: {init_lora_weights: eva}", 'found "eva"; expected true, gaussian, pissa, pissa_niter_<n> or olora'),
+        ("lora: {init_lora_weights: false}", "expected true"),
+        ("lora: {init_lora_weights: loftq}", "LoftQ needs a base that is quantised anew"),
+        ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern.q_proj: found 0"),
+        ("lora: {lora_alpha: 0}", "lora.lora_alpha: found 0"),
+    ],
+)
+def test_lora_settings_without_a_meaning_here_are_refused(text, expected):
+    (found,) = problems(text)
+    assert expected in found
+
+
+def test_an_alpha_need_not_be_a_whole_number():
+    assert load("lora: {lora_alpha: 22.5, alpha_pattern: {q_proj: 3}}").lora.lora_alpha == 22.5
+    assert load("lora: {lora_alpha: 32}").to_dict()["lora"]["lora_alpha"] == 32
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "report_to: [tensorboard]",
-        "lora: {use_dora: true}",
     ],
 )
 def test_what_nothing_honours_yet_is_refused_and_not_ignored(text):

@@ -11,8 +11,8 @@ from common.adapter import peft_config, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import TrainState
+from common.initial import initial_weights
 from common.layout import make_micro_batch
-from common.lora import initial_weights
 from common.sampling import Sampling
 from common.trainer import total_loss
 

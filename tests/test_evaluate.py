@@ -15,7 +15,7 @@ from common.data.tokens import build_dataset
 from common.engine import TrainState
 from common.errors import UserError
 from common.evaluate import Question, evaluate, generate_answers, make_questions, score
-from common.lora import initial_weights
+from common.initial import initial_weights
 from common.trainer import mean_loss, total_loss
 
 QUESTION = {"role": "user", "content": "What is the answer?"}

@@ -12,7 +12,7 @@ from common.data.chat import ChatTokenizer
 from common.data.records import read_examples
 from common.data.tokens import build_dataset
 from common.engine import Engine
-from common.lora import initial_weights
+from common.initial import initial_weights
 from common.schedule import learning_rate_at
 from common.trainer import total_loss
 

@@ -51,10 +51,10 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def write_family(directory: Path, family: str) -> Path:
+def write_family(directory: Path, family: str, **changes: object) -> Path:
     """Write a tiny random checkpoint of an architecture of FAMILIES; returns the folder."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES[family]))
+    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES[family] | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     write_tokenizer(directory)
     return directory

@@ -13,7 +13,7 @@ from common.data.tokens import TokenDataset, build_dataset
 from common.engine import MicroBatch, StepResult, TrainState
 from common.errors import DiskError
 from common.finish import Ending
-from common.lora import initial_weights
+from common.initial import initial_weights
 from common.metrics import MetricsLog, read_metrics
 from common.run import Identity, RunFolder
 from common.signals import StopRequest

@@ -18,12 +18,12 @@ import torch
 from common.config import LoraConfig, TrainConfig
 from common.engine import LOSS_SCALE, Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.layout import end_to_end, is_packed, supervised_positions
-from common.lora import seed_of
+from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
 from torch_backend.attention import PackedAttention, packed_arguments
 from torch_backend.generate import generate
-from torch_backend.lora import Adapter, dense_weight, inject
+from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
 from torch_backend.step import Moments, adamw_update
@@ -54,13 +54,16 @@ class TorchEngine:
         self._config = config
         self._device = device
         self._base = load_base(model_dir, self.dtype, config.quantization, device)
-        self._selection = select_at_head(self._base)
+        self.tied_embeddings = has_tied_embeddings(self._base)
         self._packing = PackedAttention(self._base) if config.packing else None
         if config.gradient_checkpointing:
             checkpoint_layers(self._base)
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
+        self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
         self._adapter = Adapter(self._model, device)
+        mask = trainable_entries(self._adapter.layout, config.lora)
+        self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
         self._loss = LossFunction(self._model, self._selection, self.dtype, device)
 
@@ -100,7 +103,7 @@ class TorchEngine:
             loss_sum += loss.detach()
         gradient = self._adapter.gradient / scale
         norm, finite = adamw_update(
-            self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate
+            self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate, self._trainable
         )
         return self._pending(batch.num_loss_tokens, torch.stack([loss_sum, norm, finite.float()]))
 

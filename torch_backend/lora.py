@@ -1,38 +1,65 @@
-"""LoRA on torch: PEFT puts the layers in; here they get one flat buffer and the names that files use."""
+"""LoRA on torch: PEFT puts the layers in; here they get one flat buffer and the names that files use.
+
+LoRA, rsLoRA, DoRA and modules trained whole are all PEFT's own layers, so what trains here is what PEFT loads.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from common.config import LoraConfig
+from common.errors import UserError
 from common.flat import FlatLayout
-from common.lora import lora_a_key, lora_b_key, portable_target_modules, select_modules
+from common.lora import (
+    lora_a_key,
+    lora_b_key,
+    magnitude_key,
+    portable_target_modules,
+    saved_key,
+    select_modules,
+    select_saved,
+)
 
-ADAPTER = ".default.weight"  # PEFT's adapter name inside parameter names; its files leave it out
+# PEFT's names of parameters, and of the same in its files.
+FILE_NAMES = {
+    ".lora_magnitude_vector.default.weight": ".lora_magnitude_vector",
+    ".modules_to_save.default.": ".",
+    ".default.weight": ".weight",
+}
 
 
 class Adapter:
     """Hold the adapter's parameters as views of one flat float32 buffer, and their gradients likewise."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Move the LoRA parameters of a model into one buffer."""
-        parameters = {
-            name.replace(ADAPTER, ".weight"): parameter
-            for name, parameter in model.named_parameters()
-            if ".lora_" in name
-        }
+        """Move the trainable parameters of a model into one buffer."""
+        parameters = trainable_parameters(model)
         self.layout = FlatLayout({key: tuple(parameter.shape) for key, parameter in parameters.items()})
         self.weights = torch.zeros(self.layout.size, device=device)
         self.gradient = torch.zeros(self.layout.size, device=device)
         for key, place, shape in self.layout.slices():
             parameters[key].data = self.weights[place].view(shape)
             parameters[key].grad = self.gradient[place].view(shape)  # backward accumulates into it
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that PEFT left trainable, by the name they have in PEFT's files."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for inside, outside in FILE_NAMES.items():
+                name = name.replace(inside, outside)
+            parameters[name] = parameter
+    return parameters
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -47,27 +74,67 @@ def output_head(model: PreTrainedModel) -> str | None:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """Return the weight (out, in) under a module, without its adapter, dequantised where it is packed."""
+    """Return the frozen weight (out, in) under a module, without its adapter, dequantised where it is packed."""
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return dequantize_module_weight(base).detach()
+
+
+def has_tied_embeddings(model: PreTrainedModel) -> bool:
+    """Tell whether the head's matrix is that of the token embedding."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[str]]:
     """Freeze the model and let PEFT wrap the modules that the config targets; returns it and `target_modules`."""
     model.requires_grad_(False)
-    linear = list(linear_modules(model))
+    linear, saved = list(linear_modules(model)), _saved_modules(model, lora)
     chosen = select_modules(linear, output_head(model), lora)
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=chosen,
+        modules_to_save=saved or None,
+        ensure_weight_tying=bool(saved),
         bias="none",
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, peft_config)
-    expected = {key for module in chosen for key in (lora_a_key(module), lora_b_key(module))}
-    found = {name.replace(ADAPTER, ".weight") for name, _ in wrapped.named_parameters() if ".lora_" in name}
-    assert found == expected, f"PEFT wrapped other modules than the config targets: {sorted(found ^ expected)[:4]}"
+    for path in saved:
+        _keep_dtype(model.get_submodule(path))
+    keys = (lora_a_key, lora_b_key, *([magnitude_key] if lora.use_dora else []))
+    expected = {key(module) for module in chosen for key in keys} | {saved_key(module) for module in saved}
+    found = trainable_parameters(wrapped).keys()
+    assert found == expected, f"PEFT trains other tensors than the config wants: {sorted(found ^ expected)[:4]}"
     return wrapped, portable_target_modules(chosen, linear, lora)
+
+
+def _saved_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """Choose the modules to train whole; raises UserError for one that is quantised or has more than a weight."""
+    tied = has_tied_embeddings(model)
+    embedding = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    head = output_head(model) if tied else None
+    modules = {path: dict(module.named_parameters(recurse=False)) for path, module in model.named_modules()}
+    names = [path for path, parameters in modules.items() if "weight" in parameters and path != head]
+    saved = select_saved(names, embedding if tied else None, lora)
+    for path in saved:
+        if not modules[path]["weight"].is_floating_point() or len(modules[path]) > 1:
+            what = "has a bias, which can't be" if len(modules[path]) > 1 else "is quantised, and can't be"
+            raise UserError(f"lora.modules_to_save: {path} {what} trained whole; target it with lora.target_modules")
+    return saved
+
+
+def _keep_dtype(module: nn.Module) -> None:
+    """Let a module that is trained in float32 give out the base's dtype, as it did before."""
+    dtype = dense_weight(module).dtype
+
+    def cast(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(dtype)
+
+    module.register_forward_hook(cast)

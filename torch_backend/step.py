@@ -36,11 +36,15 @@ def adamw_update(
     gradient: torch.Tensor,
     loss_sum: torch.Tensor,
     learning_rate: float,
+    trainable: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip and apply one update in place; returns the gradient norm and whether it was finite.
 
-    Where it was not, weights, moments and count stay as they are.
+    Where it was not, weights, moments and count stay as they are; so do, always, weights where `trainable` is 0.
     """
+    decay = learning_rate * config.weight_decay
+    if trainable is not None:
+        gradient, decay = gradient * trainable, decay * trainable
     norm = gradient.square().sum().sqrt()
     finite = norm.isfinite() & loss_sum.isfinite()
     if config.max_grad_norm > 0:
@@ -52,7 +56,7 @@ def adamw_update(
     first = config.adam_beta1 * moments.first + (1 - config.adam_beta1) * gradient
     second = config.adam_beta2 * moments.second + (1 - config.adam_beta2) * gradient.square()
     denominator = second.sqrt() / correction2.sqrt() + config.adam_epsilon
-    decayed = weights * (1 - learning_rate * config.weight_decay)
+    decayed = weights * (1 - decay)
     new = decayed - (learning_rate / correction1) * (first / denominator)
     for old, value in (
         (weights, new),

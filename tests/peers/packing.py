@@ -15,7 +15,7 @@ from common.config import TrainConfig, load_config
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset
 from common.engine import Engine, StepBatch, TrainState, open_engine
-from common.lora import initial_weights
+from common.initial import initial_weights
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"

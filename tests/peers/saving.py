@@ -17,7 +17,7 @@ from common.config import load_config
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset
 from common.engine import TrainState, open_engine
-from common.lora import initial_weights
+from common.initial import initial_weights
 from common.run import Identity, RunFolder
 from common.trainer import Progress
 
