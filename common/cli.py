@@ -175,16 +175,28 @@ def bench(
 
 @app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")
 def convert(
-    model: Annotated[Path, typer.Option(metavar="FILE", help="A GGUF file.")],
+    model: Annotated[Path, typer.Option(metavar="FILE|DIR", help="A GGUF file; a model folder for --add-tokens.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face model folder to write.")],
-    dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="Of the weights.")] = "float16",
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Of weights from GGUF; else float16.")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option("--add-tokens", metavar="TEXT", help="A new token of the base; repeatable.")
+    ] = None,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face model folder that both engines load."""
+    """Turn a GGUF file into a Hugging Face model folder that both engines load, or give a base new tokens."""
+    if tokens and dtype:
+        raise UserError(f"--dtype {dtype}: --add-tokens leaves the weights as they are; leave one of the two out")
+    if tokens:
+        from common.vocabulary import add_tokens
+
+        growth = add_tokens(model, output, tokens)
+        print(f"{output} is ready: {len(tokens)} new tokens, {growth.rows:,} rows; train them with")
+        print("  lora: {modules_to_save: [embed_tokens, lm_head]}")
+        return
     from common.gguf import convert_gguf
 
-    if dtype not in ("float16", "bfloat16", "float32"):
-        raise UserError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
-    convert_gguf(model, output, dtype)
+    convert_gguf(model, output, dtype or "float16")
     print(f"{output} is ready")
 
 
