@@ -288,6 +288,9 @@ class TrainConfig(_Group):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
+    torch_compile: bool | None = Field(default=None, examples=[False])
+    """Whether torch compiles the decoder layers; null: on CUDA, where Triton is there. MLX compiles by itself."""
+
     fp16: bool | None = None
     """True: float16. False for both this and `bf16`, written out: float32."""
 

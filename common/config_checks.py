@@ -263,7 +263,7 @@ _FREE_ON_RESUME = {
     # What leaves no trace in the weights. Every accepted `optim` is the same AdamW.
     *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
     *("save_minutes", "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
-    *("gradient_checkpointing", "optim"),
+    *("gradient_checkpointing", "torch_compile", "optim"),
 }
 
 

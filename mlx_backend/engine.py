@@ -62,6 +62,8 @@ class MLXEngine:
                 "quantization: load_in_4bit and load_in_8bit are bitsandbytes' formats, which the MLX engine "
                 "can't read yet; write quantization: {bits: 4, group_size: 64} for MLX's own, or use --engine torch"
             )
+        if config.torch_compile:
+            raise UserError("torch_compile: true: the MLX engine compiles by itself; delete it, or use --engine torch")
         device = choose_device(config.device)
         on_gpu = device.type == mx.gpu
         self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_gpu else "float32"

@@ -22,10 +22,12 @@ from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
 from torch_backend.attention import PackedAttention, packed_arguments
+from torch_backend.compiled import CompiledLayers, can_compile
 from torch_backend.generate import generate
+from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
-from torch_backend.model import checkpoint_layers, choose_device, load_base, select_at_head
+from torch_backend.model import checkpoint_layers, choose_device, load_base
 from torch_backend.step import Moments, adamw_update
 
 
@@ -65,7 +67,10 @@ class TorchEngine:
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
-        self._loss = LossFunction(self._model, self._selection, self.dtype, device)
+        compiles = can_compile(device) if config.torch_compile is None else config.torch_compile
+        head = find_head(self._base, self._selection)
+        self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
+        self._compiled = CompiledLayers(self._base) if compiles else None
 
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Give the shape of every adapter tensor, by PEFT key, in PEFT orientation."""
@@ -124,16 +129,14 @@ class TorchEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
         self._model.eval()
-        own_attention = self._packing.suspended() if self._packing else contextlib.nullcontext()
-        with self._loss.autocast(), own_attention:
+        with self._as_transformers_has_it():
             yield from generate(self._model, self._base.config, self._device, prompts, sampling)
 
     @torch.no_grad()
     def logits(self, token_ids: Array) -> Array:
         """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
         self._model.eval()
-        own_attention = self._packing.suspended() if self._packing else contextlib.nullcontext()
-        with self._loss.autocast(), own_attention:
+        with self._as_transformers_has_it():
             inputs = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
             return self._model(input_ids=inputs, use_cache=False).logits.float().cpu().numpy()
 
@@ -164,6 +167,16 @@ class TorchEngine:
         index, targets, weight = supervised_positions(micro)
         arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
         return self._loss(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays), packed)
+
+    @contextlib.contextmanager
+    def _as_transformers_has_it(self) -> Iterator[None]:
+        """Run the model with attention and layers of its own, which know padding, caches and changing shapes."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._loss.autocast())
+            for part in (self._packing, self._compiled):
+                if part:
+                    stack.enter_context(part.suspended())
+            yield
 
     def _pending(self, num_loss_tokens: int, results: torch.Tensor) -> PendingStep:
         if self._device.type != "cuda":

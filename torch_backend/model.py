@@ -1,8 +1,4 @@
-"""The base model on torch: architecture and weights by transformers, NF4 by bitsandbytes, and the head's selection.
-
-`select_at_head` lets the output head see only the positions whose logits are wanted, by a forward pre-hook:
-every architecture keeps its own code, soft caps and scalings after the head included.
-"""
+"""The base model on torch: architecture and weights by transformers, NF4 by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -83,25 +79,6 @@ def _refuse_unfitting_weights(directory: Path, report: dict[str, Any]) -> None:
                 f"{directory}: the weights {kind} {sorted(names)[0]}{more}, {place}; "
                 "config.json and the safetensors files are not of one model: download it again"
             )
-
-
-class HeadSelection:
-    """Say which positions of (B * T) the head computes logits for; None means all."""
-
-    positions: torch.Tensor | None = None
-
-    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Pick rows (N, D) out of the hidden states (B, T, D) on their way into the head."""
-        if self.positions is None:
-            return inputs
-        return (inputs[0].reshape(-1, inputs[0].shape[-1])[self.positions],)
-
-
-def select_at_head(model: PreTrainedModel) -> HeadSelection:
-    """Put a selection before the output head; returns it."""
-    selection = HeadSelection()
-    model.get_output_embeddings().register_forward_pre_hook(selection)
-    return selection
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
