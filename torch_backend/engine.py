@@ -17,17 +17,19 @@ import torch
 
 from common.config import LoraConfig, TrainConfig
 from common.engine import LOSS_SCALE, Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
+from common.errors import UserError
 from common.layout import end_to_end, is_packed, supervised_positions
 from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
-from torch_backend.attention import PackedAttention, packed_arguments
+from torch_backend.attention import PackedAttention
+from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers, can_compile
 from torch_backend.generate import generate
 from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
-from torch_backend.model import checkpoint_layers, choose_device, load_base
+from torch_backend.model import choose_device, load_base
 from torch_backend.step import Moments, adamw_update
 
 
@@ -48,6 +50,11 @@ class TorchEngine:
     def __init__(self, config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> None:
         """Load the base onto the device and inject the adapter."""
         device = choose_device(config.device)
+        if config.activation_offloading and device.type != "cuda":
+            raise UserError(
+                "activation_offloading: true: moves activations from a card's memory to the host's, and "
+                f"{_describe(device)} has none of its own; delete it"
+            )
         on_cuda = device.type == "cuda"
         self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_cuda else "float32"
         self.device_type = device.type
@@ -60,6 +67,7 @@ class TorchEngine:
         self._packing = PackedAttention(self._base) if config.packing else None
         if config.gradient_checkpointing:
             checkpoint_layers(self._base)
+        self._offloading = Offloading(device) if config.activation_offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
@@ -103,7 +111,8 @@ class TorchEngine:
         loss_sum = torch.zeros((), device=self._device)
         for index, micro in enumerate(batch.micro_batches):
             torch.manual_seed(seed_of(f"{self._config.seed}:{batch.step}:{index}") >> 1)  # it takes 63 bits
-            loss = self._loss_of(micro)
+            with self._offloading.forward_pass() if self._offloading else contextlib.nullcontext():
+                loss = self._loss_of(micro)
             (loss * (scale / batch.num_loss_tokens)).backward()
             loss_sum += loss.detach()
         gradient = self._adapter.gradient / scale
@@ -163,7 +172,7 @@ class TorchEngine:
         if is_packed(micro):
             assert self._packing, "a packed batch for an engine whose config says packing: false"
             (micro,) = end_to_end(micro)
-            packed = packed_arguments(micro, self._device)
+            packed = self._packing.arguments(micro)
         index, targets, weight = supervised_positions(micro)
         arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
         return self._loss(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays), packed)

@@ -81,11 +81,6 @@ def _refuse_unfitting_weights(directory: Path, report: dict[str, Any]) -> None:
             )
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 def _bitsandbytes_config(quantization: QuantizationConfig, dtype: str) -> Any:
     if not (quantization.load_in_4bit or quantization.load_in_8bit):
         return None
