@@ -54,7 +54,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 def write_family(directory: Path, family: str, **changes: object) -> Path:
     """Write a tiny random checkpoint of an architecture of FAMILIES; returns the folder."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES.get(family, {}) | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     write_tokenizer(directory)
     return directory
