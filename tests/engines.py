@@ -22,7 +22,9 @@ DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
 
 def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **settings: object) -> Engine:
     """Open an engine in float32, unless told otherwise, with the initial adapter of seed 42."""
-    config = TrainConfig(**({"device": DEVICE, "dtype": "float32"} | settings), lora=lora or LoraConfig())
+    config = TrainConfig(
+        **({"device": DEVICE, "dtype": "float32", "torch_compile": False} | settings), lora=lora or LoraConfig()
+    )
     engine = open_engine(name, config, model, as_stored(config.lora))
     engine.load_state(TrainState.fresh(starting_weights(engine, config.lora, config.seed)))
     return engine

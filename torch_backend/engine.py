@@ -22,7 +22,7 @@ from common.layout import end_to_end, is_packed, supervised_positions
 from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
-from torch_backend.attention import PackedAttention
+from torch_backend.attention import PackedAttention, has_varlen
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers, can_compile
 from torch_backend.generate import generate
@@ -75,7 +75,9 @@ class TorchEngine:
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
-        compiles = can_compile(device) if config.torch_compile is None else config.torch_compile
+        # Where each example attends by itself, every batch would be compiled anew.
+        alike = self._packing is None or has_varlen(device, self._base.dtype)
+        compiles = can_compile(device) and alike if config.torch_compile is None else config.torch_compile
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
         self._compiled = CompiledLayers(self._base) if compiles else None
