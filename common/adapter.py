@@ -13,20 +13,19 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from common.adapter_checks import check_whole, without_base_copies
+from common.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter, read_tensors
+from common.adapter_mlx import from_mlx
+from common.adapter_peft import TIED, from_peft
 from common.config import LoraConfig
-from common.engine import Array
+from common.engine import Array, Engine
 from common.errors import UserError
 from common.lora import HEAD, saved_key
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-TIED = "ensure_weight_tying"
 EMBEDDING_KEY, HEAD_KEY = saved_key("model.embed_tokens"), saved_key(HEAD)
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something out of the base
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
 def peft_config(
@@ -79,38 +78,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read weights, as float32, and config; raises UserError where the folder is no LoRA adapter."""
-    config = read_adapter_config(directory)
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{directory}: has no {WEIGHTS_NAME}; expected a PEFT adapter")
-    try:
-        weights = {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); save or copy the adapter again") from None
+    """Read an adapter of PEFT's layout or of mlx-lm's: weights, as float32 under PEFT's keys, and PEFT's config.
+
+    Raises UserError where the folder is no LoRA adapter, or one that is broken or can't be understood.
+    """
+    folder = open_adapter(directory)
+    understand = from_mlx if folder.is_mlx else from_peft
+    weights, config = understand(folder.config, read_tensors(folder.weights), folder.path)
     if config.get(TIED) and np.array_equal(weights.get(HEAD_KEY, ()), weights.get(EMBEDDING_KEY, (0,))):
         del weights[HEAD_KEY]
+    check_whole(weights, config, folder.path)
     return weights, config
-
-
-def _float32(dtype: str, shape: Sequence[int], data: bytes) -> Array:
-    if dtype == "BF16":  # which NumPy lacks: the upper half of a float32
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    return np.frombuffer(data, DTYPES[dtype]).astype(np.float32).reshape(shape)
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Read adapter_config.json; raises UserError where it is missing, no JSON, or not of plain LoRA."""
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(f"{directory}: has no {CONFIG_NAME}; expected the folder of a PEFT adapter, such as .../final")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: is no LoRA adapter; expected peft_type LORA")
-    return config
 
 
 def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
@@ -134,6 +112,13 @@ def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(f"{source / CONFIG_NAME}: {problems}") from None
+
+
+def fitted_weights(weights: Mapping[str, Array], engine: Engine, source: Path) -> dict[str, Array]:
+    """Return the weights that an engine opened for this adapter takes; raises UserError where they don't fit it."""
+    kept = without_base_copies(weights, engine.base_weight, source)
+    check_adapter(kept, engine.adapter_shapes(), source, trained=True)
+    return kept
 
 
 def check_adapter(

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common import display
-from common.adapter import check_adapter, lora_of, peft_config, read_adapter
+from common.adapter import check_adapter, fitted_weights, lora_of, peft_config, read_adapter
 from common.awake import kept_awake
 from common.batches import BatchPlan
 from common.checkpoint import AdapterFiles
@@ -98,7 +98,7 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
         plan.total_steps,
     )
     if given:
-        given.check_fits(engine.adapter_shapes(), config.lora)
+        given = given.fitted_to(engine, config.lora)
     start = _start(folder, request, given, config, engine, console)
     if folder.is_finished(start):
         say(
@@ -138,8 +138,7 @@ def evaluate_adapter(
         result = _evaluate("base", engine, config, test, tokenizer, console)
         display.scores({"base": result.scores}, console)
         return {"base": result.scores}
-    check_adapter(weights, engine.adapter_shapes(), adapter, trained=False)
-    engine.load_state(TrainState.fresh(weights))
+    engine.load_state(TrainState.fresh(fitted_weights(weights, engine, adapter)))
     return _compare(engine, config, test, tokenizer, console)
 
 

@@ -53,6 +53,12 @@ def module_of_key(key: str) -> str:
     return re.sub(r"(\.lora_.*|\.weight)$", "", key.removeprefix(PREFIX))
 
 
+def layer_of(module: str) -> int | None:
+    """Return the number of the layer that a module lies in, None for one outside all layers."""
+    found = re.search(r"\.(\d+)\.", module)
+    return int(found[1]) if found else None
+
+
 def module_rank(module: str, lora: LoraConfig) -> int:
     """Return the rank of a module's adapter: that of the first pattern which matches its name, else `r`."""
     return lora.rank_pattern.get(_pattern(module, lora.rank_pattern), lora.r)
@@ -201,8 +207,7 @@ def _unmatched(pattern: str | Sequence[str], linear: Sequence[str]) -> UserError
 def _layer_wanted(name: str, layers: int | Sequence[int] | None) -> bool:
     if layers is None:
         return True
-    found = re.search(r"\.(\d+)\.", name)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return layer_of(name) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _suffixes(names: Iterable[str]) -> list[str]:

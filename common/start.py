@@ -1,6 +1,6 @@
 """A run that begins from the weights of an adapter somebody made before: `adapter_name_or_path`.
 
-Only its weights are taken: a PEFT adapter holds neither optimizer state nor a position in the data, so the run begins
+Only its weights are taken: an adapter holds neither optimizer state nor a position in the data, so the run begins
 at step 0 with zero moments. It must be the adapter that the config describes; nothing of it is reshaped.
 """
 
@@ -9,18 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from common.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter, lora_of, read_adapter
+from common.adapter import check_adapter, lora_of, read_adapter
+from common.adapter_checks import without_base_copies
+from common.adapter_files import CONFIG_NAME, adapter_path, open_adapter
 from common.checkpoint import MANIFEST_NAME, STATE_NAME
 from common.config import LoraConfig, TrainConfig
-from common.engine import Array
+from common.engine import Array, Engine
 from common.errors import UserError
-from common.lora import module_of_key
+from common.lora import keeps_start, layer_of, module_of_key
 
-SAME = ("r", "lora_alpha", "use_rslora")  # what the weights mean depends on these
-PLACES = ("target_modules", "exclude_modules", "layers_to_transform")
+SAME = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)  # what the weights mean depends on these
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,11 @@ class StartAdapter:
         what = f"the weights of {self.path}; its optimizer state and position are not known"
         return f"{what}, so the moments are zero and the run begins at step 1"
 
-    def check_fits(self, shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig) -> None:
-        """Raise UserError where it stands at other modules than the config's, or doesn't fit the model."""
-        ours, theirs = ({module_of_key(key) for key in keys} for keys in (shapes, self.weights))
-        changes = [f"lora.{key}: {_written(self.lora, key)}" for key in PLACES if _differs(self.lora, lora, key)]
+    def fitted_to(self, engine: Engine, lora: LoraConfig) -> StartAdapter:
+        """Return it ready to load; raises UserError where it is of other modules than the config's, or doesn't fit."""
+        weights = without_base_copies(self.weights, engine.base_weight, self.path)
+        ours, theirs = ({module_of_key(key) for key in keys} for keys in (engine.adapter_shapes(), weights))
+        changes = self._changes(lora, ours, theirs)
         if ours != theirs and changes:
             name = sorted(ours ^ theirs)[0]
             more = f" ({len(ours ^ theirs) - 1} more)" if len(ours ^ theirs) > 1 else ""
@@ -47,7 +58,15 @@ class StartAdapter:
                 f"{self.path}: {'has no' if name in ours else 'also has'} weights for {name}{more}, unlike the config; "
                 f"write {', '.join(changes)}"
             )
-        check_adapter(self.weights, shapes, self.path, trained=False)
+        check_adapter(weights, engine.adapter_shapes(), self.path, trained=True)
+        return replace(self, weights=weights)
+
+    def _changes(self, lora: LoraConfig, ours: set[str], theirs: set[str]) -> list[str]:
+        """Say what the config would have to be, were it to mean this adapter's modules."""
+        layers = {layer for name in theirs if (layer := layer_of(name)) is not None}
+        if layers and theirs == {name for name in ours if layer_of(name) in layers}:  # such as mlx-lm's last n layers
+            return [f"lora.layers_to_transform: {json.dumps(sorted(layers))}"]
+        return [f"lora.{key}: {_written(self.lora, key)}" for key in PLACES if _differs(self.lora, lora, key)]
 
 
 def is_plain_adapter(resume: str | None) -> bool:
@@ -55,9 +74,8 @@ def is_plain_adapter(resume: str | None) -> bool:
     if resume is None or resume == "auto":
         return False
     folder = Path(resume)
-    return (folder / CONFIG_NAME).is_file() and not any(
-        (folder / name).exists() for name in (MANIFEST_NAME, STATE_NAME)
-    )
+    has_adapter = (adapter_path(folder) / CONFIG_NAME).is_file()
+    return has_adapter and not any((folder / name).exists() for name in (MANIFEST_NAME, STATE_NAME))
 
 
 def begin_from(config: TrainConfig, adapter: str) -> TrainConfig:
@@ -81,8 +99,11 @@ def read_start(config: TrainConfig) -> StartAdapter | None:
         on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
         fetch = f"; if it is one of the Hub's, fetch it: hf download {name} --local-dir adapters/{path.name}"
         raise UserError(
-            f"adapter_name_or_path: {name}: no such folder; expected that of a PEFT adapter{fetch if on_hub else ''}"
+            f"adapter_name_or_path: {name}: no such folder; expected that of an adapter{fetch if on_hub else ''}"
         )
+    if keeps_start(config.lora):
+        begun = config.lora.init_lora_weights
+        raise UserError(f"lora.init_lora_weights: {begun}: the run begins from an adapter, {path}; delete one of them")
     weights, settings = read_adapter(path)
     lora = lora_of(settings, path)
     lines = [
@@ -92,15 +113,19 @@ def read_start(config: TrainConfig) -> StartAdapter | None:
     ]
     if lines:
         raise UserError(f"{path}: is not the adapter that the config describes:\n  " + "\n  ".join(lines))
-    with (path / WEIGHTS_NAME).open("rb") as file:
+    with open_adapter(path).weights.open("rb") as file:
         return StartAdapter(path, weights, lora, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _differs(one: LoraConfig, other: LoraConfig, key: str) -> bool:
-    return _written(one, key) != _written(other, key)
+    return bool(_value(one, key) != _value(other, key))
 
 
 def _written(lora: LoraConfig, key: str) -> str:
-    """Write a value as a config has it; the order of a list says nothing."""
+    return json.dumps(_value(lora, key))
+
+
+def _value(lora: LoraConfig, key: str) -> Any:
+    """Give a value as a config has it; the order of a list says nothing."""
     value = lora.model_dump(mode="json")[key]
-    return json.dumps(sorted(value) if isinstance(value, list) else value)
+    return sorted(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.adapter import check_adapter, lora_of, read_adapter
+from common.adapter import fitted_weights, lora_of, read_adapter
 from common.config import TrainConfig
 from common.data.chat import ChatTokenizer
 from common.data.records import RecordError
@@ -40,8 +40,7 @@ def open_model(model: str | None, adapter: Path | None, engine: str | None, devi
     directory = resolve_model(base, None if model else settings.get("revision"))
     opened = open_engine(name, config, directory, lora_of(settings, adapter) if adapter else None)
     if adapter:
-        check_adapter(weights, opened.adapter_shapes(), adapter, trained=False)
-        opened.load_state(TrainState.fresh(weights))
+        opened.load_state(TrainState.fresh(fitted_weights(weights, opened, adapter)))
     return Speaker(opened, ChatTokenizer(directory))
 
 

@@ -63,15 +63,17 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > size - 8:
             raise UserError(
                 f"{path}: no safetensors file, or cut off inside its header ({size:,} bytes); copy it again"
             )
+        if length > MAX_HEADER_BYTES:
+            raise UserError(f"{path}: its header claims {length:,} bytes; expected at most {MAX_HEADER_BYTES:,}")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise UserError(f"{path}: its safetensors header can't be read; copy or download it again") from None
     if size != end:
         raise UserError(f"{path}: truncated: {size:,} bytes, its header promises {end:,}; copy or download it again")

@@ -197,7 +197,7 @@ def test_a_file_of_another_run_is_named_and_passed_over(tmp_path, files, name):
     for path in files.tokenizer:
         (tmp_path / path.name).write_text(path.read_text() + "\n")
     theirs = AdapterFiles(
-        peft_config(LoraConfig(r=8), ["q_proj"], "other/base", None), [tmp_path / path.name for path in files.tokenizer]
+        peft_config(LoraConfig(r=4), ["q_proj"], "other/base", None), [tmp_path / path.name for path in files.tokenizer]
     )
     state = dataclasses.replace(trainer_state(10), seed=7)
     other = save_checkpoint(tmp_path / "other", train_state(77), state, theirs)

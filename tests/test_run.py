@@ -33,7 +33,7 @@ def state_of(value: float) -> TrainState:
 
 
 def config_of(output: Path, **changes: object) -> TrainConfig:
-    return TrainConfig.from_dict({"model_name_or_path": "base", "output_dir": str(output), **changes})
+    return TrainConfig.from_dict({"model_name_or_path": "base", "output_dir": str(output), "lora": {"r": 2}, **changes})
 
 
 def folder_of(output: Path, identity: Identity = IDENTITY, **changes: object) -> RunFolder:
@@ -116,7 +116,7 @@ def test_a_resume_lists_everything_that_changed_unless_allowed(output: Path):
         "data.train",
         "model_name_or_path",
     ]
-    assert lines[1:3] == ["  seed: 42 -> 7", "  lora.r: 16 -> 8"]
+    assert lines[1:3] == ["  seed: 42 -> 7", "  lora.r: 2 -> 8"]
     assert lines[-1].endswith("or go on regardless with --allow-changed")
     assert changed.find_start("auto", True, []).progress.step == 2
 
@@ -244,7 +244,7 @@ def test_a_folder_of_another_config_is_refused_with_the_differences(output: Path
     folder_of(output).claim()
     for resume in (None, "auto"):
         message = refused(output, resume, lora={"r": 8}, adam_beta2=0.95)
-        assert "already holds a run of another config:\n  adam_beta2: 0.999 -> 0.95\n  lora.r: 16 -> 8\n" in message
+        assert "already holds a run of another config:\n  adam_beta2: 0.999 -> 0.95\n  lora.r: 2 -> 8\n" in message
         assert "use another output_dir (--set output_dir=...), or delete that folder" in message
     refuse_other_run(config_of(output, lora={"r": 8}), "auto", True)
 

@@ -186,7 +186,7 @@ def test_an_adapter_that_is_not_here_is_named(name, advice):
     with pytest.raises(UserError) as error:
         read_start(TrainConfig(adapter_name_or_path=name))
     message = str(error.value)
-    assert message.startswith(f"adapter_name_or_path: {name}: no such folder; expected that of a PEFT adapter")
+    assert message.startswith(f"adapter_name_or_path: {name}: no such folder; expected that of an adapter")
     assert message.endswith(advice)
 
 
