@@ -97,13 +97,15 @@ def _is_dora(config: Mapping[str, Any], weights: Mapping[str, Array], source: Pa
 
 def _check_places(modules: Sequence[str], config: Mapping[str, Any], keys: Any, source: Path) -> None:
     """Raise UserError where the weights stand elsewhere than `keys` or in more layers than `num_layers` say."""
-    found = [LAYER.fullmatch(module) for module in modules]
-    if keys is not None:
-        known = set(keys) if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else set()
-        for module, place in zip(modules, found, strict=True):
-            if module not in known and (place is None or place["path"] not in known):
-                raise UserError(f"{source}: has weights of {module[:200]}, which lora_parameters.keys don't name")
-    number, layers = _num_layers(config), {place["number"] for place in found if place}
+    known = set(keys) if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else set()
+    layers = set()
+    for module in modules:
+        place = LAYER.fullmatch(module)
+        if keys is not None and module not in known and (place is None or place["path"] not in known):
+            raise UserError(f"{source}: has weights of {module[:200]}, which lora_parameters.keys don't name")
+        if place and module not in known:  # a full name is meant whatever the number of layers
+            layers.add(place["number"])
+    number = _num_layers(config)
     if isinstance(number, int) and 0 < number < len(layers):
         raise UserError(f"{source}: has weights of {len(layers)} layers, but num_layers is {number}")
 

@@ -1,0 +1,539 @@
+"""Adapters that PEFT and mlx-lm wrote, read here: the logits are theirs on both engines, whatever the files' quirks."""
+
+import io
+import json
+import shutil
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.lora
+import numpy as np
+import peft
+import pytest
+import torch
+from engines import DEVICE, ENGINES, open_fresh
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import load_model, save_config
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+from tiny_models import write_llama
+from tiny_tokenizer import CORPUS
+from transformers import AutoModelForCausalLM
+
+from common import launch, talk
+from common.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
+from common.adapter_files import MLX_WEIGHTS_NAME
+from common.config import TrainConfig
+from common.engine import Array, TrainState
+from common.errors import UserError
+from common.lora import lora_a_key, magnitude_key
+from common.start import is_plain_adapter
+from common.weights import rope_in_both_forms
+from mlx_backend.model import choose_device
+
+ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit
+TOKENS = np.random.default_rng(7).integers(1, 400, (2, 11)).astype(np.int32)
+NAMES = ["q_proj", "down_proj"]
+ON_BOTH = pytest.mark.parametrize("engine", ENGINES)
+
+
+@pytest.fixture(autouse=True)
+def on_the_same_device() -> None:
+    choose_device(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose q_proj is 16 x 16, as an adapter of rank 16 is too: no shape tells which way round it lies."""
+    shape = {"hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    directory = write_llama(tmp_path_factory.mktemp("square"), head_dim=16, **shape)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | rope_in_both_forms(config)))
+    return directory
+
+
+def imported_logits(engine: str, model: Path, adapter: Path) -> Array:
+    """Compute with an adapter as every verb does."""
+    weights, config = read_adapter(adapter)
+    opened = open_fresh(engine, model, lora_of(config, adapter))
+    opened.load_state(TrainState.fresh(fitted_weights(weights, opened, adapter)))
+    return opened.logits(TOKENS)
+
+
+def assert_same(found: Array, expected: Array, base: Array) -> None:
+    assert np.abs(expected - base).max() > 0.1, "the adapter does nothing, so this test can't fail"
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+
+
+# --- PEFT
+
+
+def base_model(model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def peft_logits(model: torch.nn.Module) -> Array:
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def peft_model(model: Path, name: str = "default", **settings: object) -> peft.PeftModel:
+    """Wrap a model in an adapter that PEFT draws at random, B too."""
+    torch.manual_seed(3)
+    lora = {"r": 4, "lora_alpha": 12, "target_modules": NAMES, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    tuned = peft.get_peft_model(base_model(model), peft.LoraConfig(**(lora | settings)), adapter_name=name)
+    for key, value in tuned.named_parameters():
+        if "magnitude" in key or "modules_to_save" in key:
+            value.data *= 1.25
+    return tuned.eval()
+
+
+def edit(directory: Path, change: Callable[[dict[str, object]], object]) -> None:
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    change(config)
+    (directory / CONFIG_NAME).write_text(json.dumps(config))
+
+
+def save_raw(model: torch.nn.Module, directory: Path, words: tuple[str, ...] = ("lora_",)) -> None:
+    """Put a plain state dict in the place of the weights that PEFT saved, as hand-written loops do."""
+    state = {key: value for key, value in model.state_dict().items() if any(word in key for word in words)}
+    save_torch({key: value.clone() for key, value in state.items()}, directory / WEIGHTS_NAME)
+
+
+def rename(directory: Path, change: Callable[[str], str]) -> None:
+    save_file(
+        {change(key): value for key, value in load_file(directory / WEIGHTS_NAME).items()}, directory / WEIGHTS_NAME
+    )
+
+
+MEMBERS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 30}},
+    "a head, with the base's own weights beside it": {"target_modules": ["q_proj", "lm_head"]},
+    "modules trained whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "an expression": {
+        "target_modules": r"(?:.*?(?:language|text).*?q_proj)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.up_proj)"
+    },
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "without some": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "v_proj"]},
+    "another name": {"name": "mine"},
+}
+
+
+@ON_BOTH
+@pytest.mark.parametrize("settings", MEMBERS.values(), ids=MEMBERS)
+def test_what_peft_saves_computes_the_same_here(engine, settings, tiny_model, tmp_path):
+    tuned = peft_model(tiny_model, **settings)
+    tuned.save_pretrained(tmp_path)
+    saved = tmp_path / settings["name"] if "name" in settings else tmp_path
+    assert_same(imported_logits(engine, tiny_model, saved), peft_logits(tuned), peft_logits(base_model(tiny_model)))
+
+
+@ON_BOTH
+def test_a_square_adapter_of_peft_is_not_transposed(engine, square, tmp_path):
+    tuned = peft_model(square, r=16, target_modules=["q_proj"])
+    tuned.save_pretrained(tmp_path)
+    assert {value.shape for value in load_file(tmp_path / WEIGHTS_NAME).values()} == {(16, 16)}
+    assert_same(imported_logits(engine, square, tmp_path), peft_logits(tuned), peft_logits(base_model(square)))
+
+
+def wrap_layers(model: peft.PeftModel) -> torch.nn.Module:
+    layers = model.base_model.model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer)  # names it anew, and compiles nothing before it is called
+    return model
+
+
+RAW = {
+    "a state dict": lambda model, path: save_raw(model, path),
+    "of torch.compile": lambda model, path: save_raw(torch.compile(model), path),
+    "of compiled layers": lambda model, path: save_raw(wrap_layers(model), path),
+    "of DataParallel": lambda model, path: save_raw(torch.nn.DataParallel(model), path),
+    "wrapped twice": lambda model, path: rename(path, lambda key: "base_model.model." + key),
+    "of FSDP": lambda model, path: rename(
+        path, lambda key: "_fsdp_wrapped_module." + key.replace(".mlp.", ".mlp._checkpoint_wrapped_module.")
+    ),
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("write", RAW.values(), ids=RAW)
+def test_names_that_wrappers_left_are_understood(write, use_dora, tiny_model, tmp_path):
+    tuned = peft_model(tiny_model, use_dora=use_dora)
+    tuned.save_pretrained(tmp_path)
+    expected, config = read_adapter(tmp_path)
+    names = set(load_file(tmp_path / WEIGHTS_NAME))
+    write(tuned, tmp_path)
+    assert names.isdisjoint(load_file(tmp_path / WEIGHTS_NAME))
+    found, same = read_adapter(tmp_path)
+    assert found.keys() == expected.keys() == names and same == config
+    assert all((found[key] == expected[key]).all() for key in names)
+
+
+@ON_BOTH
+def test_a_raw_state_dict_with_modules_trained_whole_is_understood(engine, tiny_model, tmp_path):
+    tuned = peft_model(tiny_model, modules_to_save=["lm_head"])
+    tuned.save_pretrained(tmp_path)
+    save_raw(tuned, tmp_path, ("lora_", "modules_to_save", "original_module"))
+    assert "base_model.model.lm_head.original_module.weight" in load_file(tmp_path / WEIGHTS_NAME)
+    assert_same(imported_logits(engine, tiny_model, tmp_path), peft_logits(tuned), peft_logits(base_model(tiny_model)))
+
+
+def test_an_adapter_injected_without_peft_model_has_no_prefix_and_is_understood(tiny_model, tmp_path):
+    tuned = peft_model(tiny_model)
+    tuned.save_pretrained(tmp_path)
+    expected, _ = read_adapter(tmp_path)
+    torch.manual_seed(3)
+    injected = peft.inject_adapter_in_model(
+        peft.LoraConfig(**tuned.peft_config["default"].to_dict()), base_model(tiny_model)
+    )
+    plain = peft.get_peft_model_state_dict(injected)
+    assert "model.layers.0.self_attn.q_proj.lora_A.weight" in plain
+    save_torch({key: value.clone() for key, value in plain.items()}, tmp_path / WEIGHTS_NAME)
+    assert read_adapter(tmp_path)[0].keys() == expected.keys()
+
+
+def test_the_base_copies_must_be_the_bases(tiny_model, tmp_path):
+    """PEFT would quietly put them in the place of the base's weights."""
+    peft_model(tiny_model, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    copy = "base_model.model.lm_head.base_layer.weight"
+    save_torch({key: torch.from_numpy(value).bfloat16() for key, value in weights.items()}, tmp_path / WEIGHTS_NAME)
+    imported_logits("torch", tiny_model, tmp_path)
+    save_file(weights | {copy: weights[copy] * 1.1}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=r"lm_head\.base_layer\.weight is not the weight \(416, 48\) of this base"):
+        imported_logits("torch", tiny_model, tmp_path)
+    resized = np.concatenate([weights[copy], weights[copy][:3]])
+    save_file(weights | {copy: resized}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(UserError, match="or on one with more tokens"):
+        imported_logits("torch", tiny_model, tmp_path)
+
+
+def test_a_config_of_peft_from_2023_is_read(tiny_model, tmp_path):
+    tuned = peft_model(tiny_model)
+    tuned.save_pretrained(tmp_path)
+    kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout")
+    old = {"enable_lora": None, "merge_weights": False, "peft_type": "LORA", "r": 4, "target_modules": NAMES}
+    config = {key: json.loads((tmp_path / CONFIG_NAME).read_text())[key] for key in kept}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | old))
+    base = peft_logits(base_model(tiny_model))
+    assert_same(imported_logits("torch", tiny_model, tmp_path), peft_logits(tuned), base)
+
+
+def test_a_missing_rank_is_that_of_every_matrix_and_a_float_alpha_is_a_number(tiny_model, tmp_path):
+    peft_model(tiny_model).save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.pop("r"))
+    edit(tmp_path, lambda config: config.update(lora_alpha=12.0))
+    lora = lora_of(read_adapter(tmp_path)[1], tmp_path)
+    assert (lora.r, lora.lora_alpha, type(lora.lora_alpha)) == (4, 12, int)
+    edit(tmp_path, lambda config: config.update(lora_alpha=12.5))
+    assert lora_of(read_adapter(tmp_path)[1], tmp_path).lora_alpha == 12.5
+
+
+@pytest.mark.parametrize("key", ["peft_version", "qalora_group_size", "layers_pattern", "lora_dtype", "lorap_lr_ratio"])
+def test_keys_that_change_nothing_may_be_anything(tiny_model, tmp_path, key):
+    peft_model(tiny_model).save_pretrained(tmp_path)
+    expected = lora_of(read_adapter(tmp_path)[1], tmp_path)
+    edit(tmp_path, lambda config: config.update({key: "99"}))
+    assert lora_of(read_adapter(tmp_path)[1], tmp_path) == expected
+
+
+def test_every_key_of_this_peft_is_honoured_harmless_or_refused_and_new_ones_may_be_off(tiny_model, tmp_path):
+    peft_model(tiny_model).save_pretrained(tmp_path)
+    read_adapter(tmp_path)
+    edit(tmp_path, lambda config: config.update(use_tomorrow=False, tomorrow_config={}))
+    read_adapter(tmp_path)
+    edit(tmp_path, lambda config: config.update(use_tomorrow=True, alora_invocation_tokens=[3]))
+    with pytest.raises(UserError, match="uses alora_invocation_tokens, use_tomorrow, whose meaning is not known here"):
+        read_adapter(tmp_path)
+
+
+# --- mlx-lm
+
+
+def mlx_model(model: Path) -> object:
+    return load_model(model, lazy=False)[0]
+
+
+def mlx_logits(model: object) -> Array:
+    return np.array(model(mx.array(TOKENS)))
+
+
+def save_mlx(
+    model: Path, directory: Path, num_layers: int = -1, fine_tune_type: str = "lora", **parameters: object
+) -> Array:
+    """Let mlx-lm adapt a model and write its files, B random too; returns its logits."""
+    tuned = mlx_model(model)
+    parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0} | parameters
+    mx.random.seed(5)
+    tuned.freeze()
+    linear_to_lora_layers(tuned, num_layers, parameters, use_dora=fine_tune_type == "dora")
+
+    def drawn(path: str, value: mx.array) -> mx.array:
+        return value * 1.25 if path.endswith(".m") else mx.random.normal(value.shape) * 0.2
+
+    tuned.update(tree_map_with_path(drawn, tuned.trainable_parameters()))
+    config = {"model": str(model), "num_layers": num_layers, "fine_tune_type": fine_tune_type, "train": True}
+    directory.mkdir(exist_ok=True)
+    save_config(config | {"lora_parameters": parameters}, directory / CONFIG_NAME)
+    mx.save_safetensors(str(directory / MLX_WEIGHTS_NAME), dict(tree_flatten(tuned.trainable_parameters())))
+    return mlx_logits(tuned)
+
+
+MLX_MEMBERS = {
+    "all linear layers": {},
+    "dora": {"fine_tune_type": "dora"},
+    "the last layer": {"num_layers": 1},
+    "its keys": {"keys": ["self_attn.q_proj", "mlp.down_proj"]},
+    "a head as well": {"keys": ["self_attn.v_proj", "lm_head"], "num_layers": 1},
+    "a scale that gives no whole alpha": {"rank": 3, "scale": 0.7},
+}
+
+
+@ON_BOTH
+@pytest.mark.parametrize("settings", MLX_MEMBERS.values(), ids=MLX_MEMBERS)
+def test_what_mlx_lm_saves_computes_the_same_here(engine, settings, tiny_model, tmp_path):
+    expected = save_mlx(tiny_model, tmp_path, **settings)
+    assert_same(imported_logits(engine, tiny_model, tmp_path), expected, mlx_logits(mlx_model(tiny_model)))
+
+
+@ON_BOTH
+def test_a_square_adapter_of_mlx_lm_is_transposed(engine, square, tmp_path):
+    expected = save_mlx(square, tmp_path, rank=16, keys=["self_attn.q_proj"])
+    assert {value.shape for value in load_file(tmp_path / MLX_WEIGHTS_NAME).values()} == {(16, 16)}
+    assert_same(imported_logits(engine, square, tmp_path), expected, mlx_logits(mlx_model(square)))
+
+
+def test_the_twin_for_mlx_beside_is_found_and_peft_files_come_first(tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path / "mlx", rank=2)
+    assert is_plain_adapter(str(tmp_path))
+    weights, config = read_adapter(tmp_path)
+    assert weights[lora_a_key("model.layers.1.mlp.down_proj")].shape == (2, 80)
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 6, str(tiny_model))
+    peft_model(tiny_model).save_pretrained(tmp_path)
+    assert read_adapter(tmp_path)[1]["r"] == 4
+
+
+def test_places_are_said_as_shortly_as_they_can_be(tiny_model, tmp_path):
+    def places(**settings: object) -> tuple[object, object]:
+        save_mlx(tiny_model, tmp_path, **settings)
+        config = read_adapter(tmp_path)[1]
+        return config["target_modules"], config["layers_to_transform"]
+
+    keys = ["self_attn.q_proj", "mlp.up_proj"]
+    assert places(keys=keys, num_layers=-1) == (sorted(keys), None)
+    assert places(keys=keys, num_layers=2) == (sorted(keys), None), "the last 2 of 2: all"
+    assert places(keys=keys, num_layers=1) == (sorted(keys), [1])
+    uneven = ["model.layers.0.self_attn.q_proj", "mlp.up_proj"]
+    assert places(keys=uneven, num_layers=1) == (
+        ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+        None,
+    )
+
+
+def test_a_config_of_an_early_mlx_lm_is_read(tiny_model, tmp_path):
+    expected = save_mlx(tiny_model, tmp_path, fine_tune_type="dora", num_layers=1)
+
+    def as_it_was(config: dict[str, object]) -> None:
+        del config["fine_tune_type"]
+        config.update(use_dora=True, lora_layers=config.pop("num_layers"))
+
+    edit(tmp_path, as_it_was)
+    assert magnitude_key("model.layers.1.mlp.up_proj") in read_adapter(tmp_path)[0]
+    found = imported_logits("torch", tiny_model, tmp_path)
+    assert_same(found, expected, mlx_logits(mlx_model(tiny_model)))
+
+
+def test_a_missing_rank_of_mlx_lm_is_that_of_every_matrix(tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path)
+    edit(tmp_path, lambda config: config["lora_parameters"].pop("rank"))
+    assert read_adapter(tmp_path)[1]["r"] == 4
+
+
+MLX_BREAKS = {
+    "no scale": (lambda p, c: p.pop("scale"), r"lora_parameters\.scale: found None; .* it can't be told"),
+    "a scale of zero": (lambda p, c: p.update(scale=0), r"scale: found 0; expected a number above 0"),
+    "a scale in words": (lambda p, c: p.update(scale="20"), r"scale: found '20'; expected a number above 0"),
+    "an alpha too": (lambda p, c: p.update(alpha=16), r"lora_parameters\.alpha: its meaning has changed"),
+    "an unknown key": (lambda p, c: p.update(use_rslora=True), r"lora_parameters\.use_rslora: unknown to mlx-lm"),
+    "no parameters": (lambda p, c: c.pop("lora_parameters"), "names no lora_parameters; add rank and scale"),
+    "whole weights": (lambda p, c: c.update(fine_tune_type="full"), "fine_tune_type 'full'; expected lora or dora"),
+    "dora without m": (lambda p, c: c.update(fine_tune_type="dora"), "has no magnitudes m, but fine_tune_type is dora"),
+    "another rank": (lambda p, c: p.update(rank=8), "has rank 4, but the config says 8"),
+    "a rank in words": (lambda p, c: p.update(rank="4"), "rank: found '4'; expected an integer"),
+    "other keys": (lambda p, c: p.update(keys=["mlp.up_proj"]), "which lora_parameters.keys don't name"),
+    "fewer layers": (lambda p, c: c.update(num_layers=1), "has weights of 2 layers, but num_layers is 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MLX_BREAKS.values(), ids=MLX_BREAKS)
+def test_an_mlx_config_that_does_not_say_what_its_weights_mean_is_refused(change, message, tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path)
+    edit(tmp_path, lambda config: change(config["lora_parameters"], config))
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{message}"):
+        read_adapter(tmp_path)
+
+
+# --- Every place that takes an adapter
+
+
+def texts(directory: Path) -> Path:
+    directory.mkdir()
+    for name in ("train", "valid"):
+        lines = [json.dumps({"text": text}) for text in CORPUS]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def run_config(model: Path, folder: Path, **settings: object) -> TrainConfig:
+    ids = [np.random.default_rng(seed).integers(1, 360, 12).tolist() for seed in range(4)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": each, "labels": each}) + "\n" for each in ids))
+    values = {
+        "model_name_or_path": str(model),
+        "output_dir": str(folder / "out"),
+        "data": {"train": str(data), "test": str(data)},
+        "device": DEVICE,
+        "dtype": "float32",
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+    }
+    return TrainConfig.from_dict(values | settings)
+
+
+def train(config: TrainConfig, resume: str | None = None) -> str:
+    printed = io.StringIO()
+    launch.train(config, launch.Request("config.json", resume), Console(file=printed, width=300))
+    return printed.getvalue()
+
+
+def trained_by_mlx_lm(model: Path, folder: Path) -> Path:
+    """Let mlx-lm's own trainer make an adapter of the last layer; returns its folder."""
+    wanted = {
+        "model": str(model),
+        "data": str(texts(folder / "texts")),
+        "train": True,
+        "num_layers": 1,
+        "batch_size": 2,
+        "iters": 4,
+        "val_batches": 1,
+        "learning_rate": 1e-2,
+        "adapter_path": str(folder / "adapters"),
+        "lora_parameters": {"rank": 6, "dropout": 0.0, "scale": 2.5},
+    }
+    mlx_lm.lora.run(types.SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | wanted)))
+    return folder / "adapters"
+
+
+def written_for_mlx_lm(adapter: Path, directory: Path) -> Path:
+    """Write an adapter for mlx-lm with nothing of ours: PEFT's matrices transposed, alpha / r for scale."""
+    config = json.loads((adapter / CONFIG_NAME).read_text())
+    ends = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+    weights = {}
+    for key, value in load_file(adapter / WEIGHTS_NAME).items():
+        end = next(end for end in ends if key.endswith(end))
+        name = key.removeprefix("base_model.model.").removesuffix(end) + ends[end]
+        weights[name] = np.ascontiguousarray(value.T)
+    directory.mkdir()
+    save_file(weights, directory / MLX_WEIGHTS_NAME)
+    parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"], "dropout": 0.0}
+    written = {"num_layers": len(config["layers_to_transform"]), "lora_parameters": parameters}
+    (directory / CONFIG_NAME).write_text(json.dumps(written))
+    return directory
+
+
+def test_an_adapter_trained_by_mlx_lm_goes_on_here_on_torch_and_back_in_mlx_lm(tiny_model, tmp_path):
+    given = trained_by_mlx_lm(tiny_model, tmp_path)
+    base, theirs = mlx_model(tiny_model), load_adapters(mlx_model(tiny_model), str(given))
+    assert_same(imported_logits("torch", tiny_model, given), mlx_logits(theirs), mlx_logits(base))
+
+    lora = {"r": 6, "lora_alpha": 15, "layers_to_transform": [1]}
+    config = run_config(tiny_model, tmp_path, engine="torch", lora=lora, adapter_name_or_path=str(given))
+    assert f"Starting from the weights of {given}" in train(config)
+    final = tmp_path / "out" / "final"
+    back = mlx_logits(load_adapters(mlx_model(tiny_model), str(written_for_mlx_lm(final, tmp_path / "back"))))
+    assert np.abs(back - mlx_logits(theirs)).max() > 0.1, "it was not trained any further"
+    assert_same(imported_logits("torch", tiny_model, final), back, mlx_logits(base))
+
+
+@ON_BOTH
+def test_an_adapter_of_mlx_lm_is_resumed_and_one_of_its_last_layers_offers_what_to_write(engine, tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path / "given", num_layers=1)
+    lora = {"r": 4, "lora_alpha": 12}
+    with pytest.raises(UserError) as error:
+        train(run_config(tiny_model, tmp_path, engine=engine, lora=lora), resume=str(tmp_path / "given"))
+    assert str(error.value) == (
+        f"{tmp_path / 'given'}: has no weights for model.layers.0.mlp.down_proj (6 more), unlike the config; "
+        "write lora.layers_to_transform: [1]"
+    )
+    lora |= {"layers_to_transform": [1]}
+    printed = train(run_config(tiny_model, tmp_path, engine=engine, lora=lora), resume=str(tmp_path / "given"))
+    assert f"Starting from the weights of {tmp_path / 'given'}" in printed
+
+
+def test_other_modules_of_an_mlx_adapter_are_said_as_the_config_wants_them(tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path / "given", num_layers=1, keys=["self_attn.q_proj"])
+    config = run_config(
+        tiny_model, tmp_path, engine="torch", lora={"r": 4, "lora_alpha": 12, "target_modules": "k_proj"}
+    )
+    with pytest.raises(UserError, match="matches no linear module"):
+        train(config, resume=str(tmp_path / "given"))
+    lora = {"r": 4, "lora_alpha": 12, "target_modules": ["k_proj"]}
+    with pytest.raises(UserError) as error:
+        train(run_config(tiny_model, tmp_path, engine="torch", lora=lora), resume=str(tmp_path / "given"))
+    assert str(error.value).endswith('write lora.target_modules: ["self_attn.q_proj"], lora.layers_to_transform: [1]')
+
+
+def test_a_start_from_a_part_of_the_base_and_one_from_an_adapter_are_one_too_many(tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path / "given")
+    lora = {"r": 4, "lora_alpha": 12, "init_lora_weights": "pissa"}
+    with pytest.raises(UserError, match=r"lora\.init_lora_weights: pissa: the run begins from an adapter"):
+        train(run_config(tiny_model, tmp_path, engine="torch", lora=lora), resume=str(tmp_path / "given"))
+
+
+@ON_BOTH
+def test_evaluate_scores_an_adapter_of_mlx_lm_and_chat_finds_its_base(engine, tiny_model, tmp_path):
+    expected = save_mlx(tiny_model, tmp_path / "given", num_layers=1)
+    config = run_config(tiny_model, tmp_path, engine=engine)
+    console = Console(file=io.StringIO())
+    scores = launch.evaluate_adapter(config, tmp_path / "given", [], console)
+    assert abs(scores["adapter"]["loss"] - scores["base"]["loss"]) > 0.01
+    speaker = talk.open_model(None, tmp_path / "given", engine, DEVICE)
+    assert_same(speaker.engine.logits(TOKENS), expected, mlx_logits(mlx_model(tiny_model)))
+
+
+def test_an_adapter_in_a_folder_of_its_own_name_is_pointed_at(tiny_model, tmp_path):
+    peft_model(tiny_model, name="mine").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no adapter_config\.json; its folder mine has one: name that"):
+        read_adapter(tmp_path)
+
+
+def test_two_adapters_in_one_file_are_refused(tiny_model, tmp_path):
+    tuned = peft_model(tiny_model)
+    tuned.save_pretrained(tmp_path)
+    tuned.add_adapter("other", peft.LoraConfig(r=4, target_modules=["o_proj"]))
+    save_raw(tuned, tmp_path)
+    with pytest.raises(UserError, match="holds several adapters, default, other; expected one"):
+        read_adapter(tmp_path)
+
+
+def test_a_file_that_says_a_tensor_twice_is_refused(tiny_model, tmp_path):
+    peft_model(tiny_model).save_pretrained(tmp_path)
+    weights: Mapping[str, Array] = load_file(tmp_path / WEIGHTS_NAME)
+    again = {key.replace(".weight", ".default.weight"): value for key, value in weights.items()}
+    save_file({**weights, **again}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=r"lora_[AB]\.weight twice"):
+        read_adapter(tmp_path)
+
+
+def test_a_copied_folder_is_the_same_adapter(tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = (read_adapter(tmp_path / name) for name in ("one", "two"))
+    assert one[1] == two[1] and all((one[0][key] == two[0][key]).all() for key in one[0])
