@@ -36,8 +36,8 @@ def check_whole(weights: Mapping[str, Array], config: Mapping[str, Any], source:
 
 
 def adapted_modules(weights: Mapping[str, Array]) -> list[str]:
-    """List the modules that have an A or a B, in the order of the weights."""
-    return list(dict.fromkeys(module_of_key(key) for key in weights if ".lora_A." in key or ".lora_B." in key))
+    """List the modules that have an A or a B, sorted."""
+    return sorted({module_of_key(key) for key in weights if ".lora_A." in key or ".lora_B." in key})
 
 
 def deduced_rank(weights: Mapping[str, Array], source: Path) -> int:

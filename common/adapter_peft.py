@@ -82,7 +82,8 @@ def _refuse_unknown(config: Mapping[str, Any], source: Path) -> None:
 
 def _refuse_extra(weights: Mapping[str, Array], config: Mapping[str, Any], source: Path) -> None:
     """Raise UserError for whole weights of the base that the config doesn't say were trained."""
-    saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
+    named = config.get("modules_to_save")
+    saved = tuple(f".{name}" for name in named) if isinstance(named, list) else ()
     for key in weights:
         known = ".lora_" in key or key.endswith(BASE_COPY) or key.rpartition(".")[0].endswith(saved)
         if not known and not (config.get(TIED) and key == saved_key(HEAD)):
