@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from common.adapter_checks import check_whole, without_base_copies
+from common.adapter_checks import check_base_copies, check_whole, without_base_copies
 from common.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter, read_tensors
 from common.adapter_mlx import from_mlx
 from common.adapter_peft import TIED, from_peft
@@ -116,8 +116,9 @@ def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
 
 def fitted_weights(weights: Mapping[str, Array], engine: Engine, source: Path) -> dict[str, Array]:
     """Return the weights that an engine opened for this adapter takes; raises UserError where they don't fit it."""
-    kept = without_base_copies(weights, engine.base_weight, source)
+    kept = without_base_copies(weights)
     check_adapter(kept, engine.adapter_shapes(), source, trained=True)
+    check_base_copies(weights, engine.base_weight, source)
     return kept
 
 

@@ -50,16 +50,17 @@ def deduced_rank(weights: Mapping[str, Array], source: Path) -> int:
     return int(ranks.pop())
 
 
-def without_base_copies(
-    weights: Mapping[str, Array], base_weight: Callable[[str], Array], source: Path
-) -> dict[str, Array]:
-    """Return the weights without copies of the base's own, once they are seen to be such.
+def without_base_copies(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the weights without copies of the base's own, which PEFT saves where a head is targeted."""
+    return {key: value for key, value in weights.items() if not key.endswith(BASE_COPY)}
 
-    PEFT saves them where lm_head or embed_tokens is targeted. `base_weight` is the engine's. Raises UserError where one
-    differs: then the base was trained too, or is another.
+
+def check_base_copies(weights: Mapping[str, Array], base_weight: Callable[[str], Array], source: Path) -> None:
+    """Raise UserError where such a copy is not the base's weight: then the base was trained too, or is another.
+
+    `base_weight` is that of an engine which has all modules that the weights adapt.
     """
-    kept = {key: value for key, value in weights.items() if not key.endswith(BASE_COPY)}
-    for key in weights.keys() - kept.keys():
+    for key in sorted(weights.keys() - without_base_copies(weights).keys()):
         module = key.removeprefix(PREFIX).removesuffix(BASE_COPY)
         if lora_a_key(module) not in weights and saved_key(module) not in weights:
             raise UserError(f"{source}: holds a copy of the base's {module} but no adapter of it; save it again")
@@ -69,7 +70,6 @@ def without_base_copies(
                 f"{source}: {key} is not the weight {ours.shape} of this base; was it trained on another base, or on "
                 "one with more tokens? Name that base"
             )
-    return kept
 
 
 def _check_pair(module: str, weights: Mapping[str, Array], config: Mapping[str, Any], source: Path) -> None:

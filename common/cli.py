@@ -38,7 +38,9 @@ DeviceOption = Annotated[
     Literal["auto", "cuda", "mps", "cpu", "gpu"] | None,
     typer.Option("--device", help="Where it computes.", show_default=False),
 ]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter folder.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter's folder, PEFT's or mlx-lm's.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="M", help="Base model: folder or Hub name; else the adapter's own."),

@@ -208,7 +208,7 @@ class TrainConfig(_Group):
     """Branch, tag or commit of the base on the Hub."""
 
     adapter_name_or_path: Name | None = Field(default=None, examples=["outputs/run/final"])
-    """Adapter to start from instead of a fresh one."""
+    """Adapter to start from instead of a fresh one: a folder that twintune, PEFT or mlx-lm wrote."""
 
     engine: Literal["auto", "mlx", "torch"] = "auto"
     """What computes; auto takes MLX on Apple silicon, else torch, whichever is installed."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.adapter import check_adapter, lora_of, read_adapter
+from common.adapter import fitted_weights, lora_of, read_adapter
 from common.adapter_checks import without_base_copies
 from common.adapter_files import CONFIG_NAME, adapter_path, open_adapter
 from common.checkpoint import MANIFEST_NAME, STATE_NAME
@@ -48,8 +48,8 @@ class StartAdapter:
 
     def fitted_to(self, engine: Engine, lora: LoraConfig) -> StartAdapter:
         """Return it ready to load; raises UserError where it is of other modules than the config's, or doesn't fit."""
-        weights = without_base_copies(self.weights, engine.base_weight, self.path)
-        ours, theirs = ({module_of_key(key) for key in keys} for keys in (engine.adapter_shapes(), weights))
+        places = (engine.adapter_shapes(), without_base_copies(self.weights))
+        ours, theirs = ({module_of_key(key) for key in keys} for keys in places)
         changes = self._changes(lora, ours, theirs)
         if ours != theirs and changes:
             name = sorted(ours ^ theirs)[0]
@@ -58,8 +58,7 @@ class StartAdapter:
                 f"{self.path}: {'has no' if name in ours else 'also has'} weights for {name}{more}, unlike the config; "
                 f"write {', '.join(changes)}"
             )
-        check_adapter(weights, engine.adapter_shapes(), self.path, trained=True)
-        return replace(self, weights=weights)
+        return replace(self, weights=fitted_weights(self.weights, engine, self.path))
 
     def _changes(self, lora: LoraConfig, ours: set[str], theirs: set[str]) -> list[str]:
         """Say what the config would have to be, were it to mean this adapter's modules."""

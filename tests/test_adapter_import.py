@@ -4,25 +4,34 @@ import io
 import json
 import shutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm.lora
 import numpy as np
 import peft
 import pytest
 import torch
 from engines import DEVICE, ENGINES, open_fresh
-from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model, save_config
+from made_adapters import (
+    NAMES,
+    TOKENS,
+    base_model,
+    edit,
+    mlx_logits,
+    mlx_model,
+    peft_logits,
+    peft_model,
+    rename,
+    save_mlx,
+    save_raw,
+)
+from mlx_lm.tuner.utils import load_adapters
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from tiny_models import write_llama
 from tiny_tokenizer import CORPUS
-from transformers import AutoModelForCausalLM
 
 from common import launch, talk
 from common.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
@@ -36,8 +45,6 @@ from common.weights import rope_in_both_forms
 from mlx_backend.model import choose_device
 
 ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit
-TOKENS = np.random.default_rng(7).integers(1, 400, (2, 11)).astype(np.int32)
-NAMES = ["q_proj", "down_proj"]
 ON_BOTH = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -72,44 +79,6 @@ def assert_same(found: Array, expected: Array, base: Array) -> None:
 # --- PEFT
 
 
-def base_model(model: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-def peft_logits(model: torch.nn.Module) -> Array:
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(TOKENS).long()).logits.numpy()
-
-
-def peft_model(model: Path, name: str = "default", **settings: object) -> peft.PeftModel:
-    """Wrap a model in an adapter that PEFT draws at random, B too."""
-    torch.manual_seed(3)
-    lora = {"r": 4, "lora_alpha": 12, "target_modules": NAMES, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    tuned = peft.get_peft_model(base_model(model), peft.LoraConfig(**(lora | settings)), adapter_name=name)
-    for key, value in tuned.named_parameters():
-        if "magnitude" in key or "modules_to_save" in key:
-            value.data *= 1.25
-    return tuned.eval()
-
-
-def edit(directory: Path, change: Callable[[dict[str, object]], object]) -> None:
-    config = json.loads((directory / CONFIG_NAME).read_text())
-    change(config)
-    (directory / CONFIG_NAME).write_text(json.dumps(config))
-
-
-def save_raw(model: torch.nn.Module, directory: Path, words: tuple[str, ...] = ("lora_",)) -> None:
-    """Put a plain state dict in the place of the weights that PEFT saved, as hand-written loops do."""
-    state = {key: value for key, value in model.state_dict().items() if any(word in key for word in words)}
-    save_torch({key: value.clone() for key, value in state.items()}, directory / WEIGHTS_NAME)
-
-
-def rename(directory: Path, change: Callable[[str], str]) -> None:
-    save_file(
-        {change(key): value for key, value in load_file(directory / WEIGHTS_NAME).items()}, directory / WEIGHTS_NAME
-    )
-
-
 MEMBERS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -141,6 +110,14 @@ def test_a_square_adapter_of_peft_is_not_transposed(engine, square, tmp_path):
     tuned.save_pretrained(tmp_path)
     assert {value.shape for value in load_file(tmp_path / WEIGHTS_NAME).values()} == {(16, 16)}
     assert_same(imported_logits(engine, square, tmp_path), peft_logits(tuned), peft_logits(base_model(square)))
+
+
+@ON_BOTH
+def test_a_trained_matrix_that_is_embedding_and_head_is_read_once(engine, tied_llama, tmp_path):
+    tuned = peft_model(tied_llama, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    tuned.save_pretrained(tmp_path)
+    found = imported_logits(engine, tied_llama, tmp_path)
+    assert_same(found, peft_logits(tuned), peft_logits(base_model(tied_llama)))
 
 
 def wrap_layers(model: peft.PeftModel) -> torch.nn.Module:
@@ -178,7 +155,7 @@ def test_names_that_wrappers_left_are_understood(write, use_dora, tiny_model, tm
 
 @ON_BOTH
 def test_a_raw_state_dict_with_modules_trained_whole_is_understood(engine, tiny_model, tmp_path):
-    tuned = peft_model(tiny_model, modules_to_save=["lm_head"])
+    tuned = peft_model(tiny_model, modules_to_save=["lm_head", "input_layernorm"])
     tuned.save_pretrained(tmp_path)
     save_raw(tuned, tmp_path, ("lora_", "modules_to_save", "original_module"))
     assert "base_model.model.lm_head.original_module.weight" in load_file(tmp_path / WEIGHTS_NAME)
@@ -255,35 +232,6 @@ def test_every_key_of_this_peft_is_honoured_harmless_or_refused_and_new_ones_may
 
 
 # --- mlx-lm
-
-
-def mlx_model(model: Path) -> object:
-    return load_model(model, lazy=False)[0]
-
-
-def mlx_logits(model: object) -> Array:
-    return np.array(model(mx.array(TOKENS)))
-
-
-def save_mlx(
-    model: Path, directory: Path, num_layers: int = -1, fine_tune_type: str = "lora", **parameters: object
-) -> Array:
-    """Let mlx-lm adapt a model and write its files, B random too; returns its logits."""
-    tuned = mlx_model(model)
-    parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0} | parameters
-    mx.random.seed(5)
-    tuned.freeze()
-    linear_to_lora_layers(tuned, num_layers, parameters, use_dora=fine_tune_type == "dora")
-
-    def drawn(path: str, value: mx.array) -> mx.array:
-        return value * 1.25 if path.endswith(".m") else mx.random.normal(value.shape) * 0.2
-
-    tuned.update(tree_map_with_path(drawn, tuned.trainable_parameters()))
-    config = {"model": str(model), "num_layers": num_layers, "fine_tune_type": fine_tune_type, "train": True}
-    directory.mkdir(exist_ok=True)
-    save_config(config | {"lora_parameters": parameters}, directory / CONFIG_NAME)
-    mx.save_safetensors(str(directory / MLX_WEIGHTS_NAME), dict(tree_flatten(tuned.trainable_parameters())))
-    return mlx_logits(tuned)
 
 
 MLX_MEMBERS = {

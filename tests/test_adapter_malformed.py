@@ -12,8 +12,8 @@ import torch
 from engines import ENGINES, open_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_adapters import edit, peft_model, save_mlx
 from safetensors.numpy import load_file, save_file
-from test_adapter_import import edit, peft_model, save_mlx
 
 from common import talk
 from common.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
@@ -144,16 +144,22 @@ def test_a_tensor_is_named_after_a_module_and_nothing_else(name, adapter):
 # --- Against the model
 
 
-def of_both_layers(keys: dict[str, Array], layer: int) -> list[str]:
+def of_layer(keys: dict[str, Array], layer: int) -> list[str]:
     return [key for key in keys if f".layers.{layer}." in key]
 
 
 MISFITS = {
     "a module missing": (lambda w: [w.pop(key) for key in (A, B)], "lacks .*layers.0.self_attn.q_proj.lora_A.weight"),
-    "a layer missing": (lambda w: [w.pop(key) for key in of_both_layers(w, 1)], r"lacks .*layers.1.*\(3 more\)"),
+    "a layer missing": (lambda w: [w.pop(key) for key in of_layer(w, 1)], r"lacks .*layers.1.*\(3 more\)"),
     "a module too many": (
         lambda w: w.update({lora_a_key("model.layers.0.x"): w[A], lora_b_key("model.layers.0.x"): w[B]}),
         r"holds .*layers\.0\.x\.lora_A\.weight, which the model has no place for",
+    ),
+    "a copy of what the model lacks": (
+        lambda w: w.update(
+            {f"base_model.model.x.{end}.weight": w[A] for end in ("lora_A", "base_layer")} | {lora_b_key("x"): w[B]}
+        ),
+        r"holds .*x\.lora_A\.weight, which the model has no place for",
     ),
     "another width": (lambda w: w.update({A: w[A][:, :-1].copy()}), r"has shape \(4, 47\); expected \(4, 48\)"),
     "every B zero": (
