@@ -25,7 +25,9 @@ def check_whole(weights: Mapping[str, Array], config: Mapping[str, Any], source:
     """Raise UserError where a module lacks one of its matrices, a rank is not the config's, or a value is no number."""
     modules = adapted_modules(weights)
     if not modules:
-        raise UserError(f"{source}: holds no LoRA weights; expected names such as {lora_a_key('...q_proj')}")
+        raise UserError(
+            f"{source}: holds no LoRA weights; expected names such as {lora_a_key('model.layers.0.self_attn.q_proj')}"
+        )
     for module in modules:
         _check_pair(module, weights, config, source)
     for key, value in weights.items():

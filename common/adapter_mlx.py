@@ -45,7 +45,8 @@ def from_mlx(
         "peft_type": "LORA",
         "base_model_name_or_path": config.get("model"),
         "r": rank,
-        "lora_alpha": whole(parameters["scale"] * rank),
+        # Twelve digits: a scale that was written as alpha / r gives that alpha, and float32 knows no difference.
+        "lora_alpha": whole(float(f"{parameters['scale'] * rank:.12g}")),
         "lora_dropout": parameters.get("dropout") or 0.0,
         "target_modules": targets,
         "layers_to_transform": layers,

@@ -22,14 +22,8 @@ from common.engine import Array, Engine
 from common.errors import UserError
 from common.lora import keeps_start, layer_of, module_of_key
 
-SAME = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-)  # what the weights mean depends on these
+# What the weights mean depends on these.
+SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
 
 

@@ -68,7 +68,10 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 f"{path}: no safetensors file, or cut off inside its header ({size:,} bytes); copy it again"
             )
         if length > MAX_HEADER_BYTES:
-            raise UserError(f"{path}: its header claims {length:,} bytes; expected at most {MAX_HEADER_BYTES:,}")
+            raise UserError(
+                f"{path}: its header claims {length:,} bytes; expected at most {MAX_HEADER_BYTES:,}; "
+                "nothing real has such a one, don't use this file"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)

@@ -298,6 +298,12 @@ def test_a_config_of_an_early_mlx_lm_is_read(tiny_model, tmp_path):
     assert_same(found, expected, mlx_logits(mlx_model(tiny_model)))
 
 
+@pytest.mark.parametrize(("alpha", "rank"), [(32, 6), (16, 12), (0.3, 3), (2.1, 3), (7, 49)])
+def test_a_scale_that_is_alpha_by_rank_gives_alpha_back(alpha, rank, tiny_model, tmp_path):
+    save_mlx(tiny_model, tmp_path, rank=rank, scale=alpha / rank, keys=["self_attn.q_proj"])
+    assert read_adapter(tmp_path)[1]["lora_alpha"] == alpha
+
+
 def test_a_missing_rank_of_mlx_lm_is_that_of_every_matrix(tiny_model, tmp_path):
     save_mlx(tiny_model, tmp_path)
     edit(tmp_path, lambda config: config["lora_parameters"].pop("rank"))

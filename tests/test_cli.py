@@ -499,9 +499,13 @@ def adapter(finished: FinishedRun, tmp_path: Path) -> Path:
     [
         ("adapter_config.json", None, "adapter: has no adapter_config.json"),
         ("adapter_config.json", "{", "adapter/adapter_config.json: no JSON"),
-        ("adapter_config.json", '{"peft_type": "IA3"}', "adapter/adapter_config.json: is no LoRA adapter"),
+        (
+            "adapter_config.json",
+            '{"peft_type": "IA3"}',
+            "adapter/adapter_config.json: has peft_type 'IA3', which is no LoRA adapter",
+        ),
         ("adapter_model.safetensors", None, "adapter: has no adapter_model.safetensors"),
-        ("adapter_model.safetensors", "short", "adapter/adapter_model.safetensors: can't be read"),
+        ("adapter_model.safetensors", "short", "adapter/adapter_model.safetensors: no safetensors file"),
     ],
 )
 def test_a_broken_adapter_is_named(workplace: Workplace, adapter: Path, name: str, content: str | None, message: str):
