@@ -23,6 +23,7 @@ from common.config_checks import (
     as_sources,
     as_texts,
     check_columns,
+    check_patterns,
     check_split,
     conflicts,
     differences_for_resume,
@@ -42,7 +43,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
-Alpha = Count | Positive
+Alpha = Annotated[int, Field(ge=1, le=10**9)] | Annotated[float, Field(gt=0, le=1e9)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_texts)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(as_modules)]
 
@@ -130,10 +131,14 @@ class LoraConfig(_Group):
     )
     """Layer number or numbers, from 0, to adapt; null for all."""
 
-    rank_pattern: dict[Name, Count] = Field(default={}, examples=[{"down_proj": 8}])
+    rank_pattern: Annotated[dict[Name, Count], AfterValidator(check_patterns)] = Field(
+        default={}, examples=[{"down_proj": 8}]
+    )
     """Other ranks for modules whose name ends with a regular expression; the first that matches counts."""
 
-    alpha_pattern: dict[Name, Alpha] = Field(default={}, examples=[{"down_proj": 16}])
+    alpha_pattern: Annotated[dict[Name, Alpha], AfterValidator(check_patterns)] = Field(
+        default={}, examples=[{"down_proj": 16}]
+    )
     """Other alphas likewise."""
 
     modules_to_save: Annotated[tuple[Name, ...], BeforeValidator(as_texts)] | None = Field(

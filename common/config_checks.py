@@ -84,6 +84,16 @@ def known_initialisation(value: bool | str) -> bool | str:
     raise ValueError("expected true, gaussian, pissa, pissa_niter_<n> or olora")
 
 
+def check_patterns(value: dict[str, Any]) -> dict[str, Any]:
+    """Accept names that are regular expressions."""
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error}); write e.g. down_proj: 8") from None
+    return value
+
+
 def known_optimizer(value: str) -> str:
     """Accept the names that mean AdamW, the one optimizer here."""
     if value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf", "adamw_mlx"):

@@ -267,6 +267,8 @@ def test_keys_that_contradict_each_other_are_refused_naming_both(text, keys):
         ("lora: {init_lora_weights: loftq}", "LoftQ needs a base that is quantised anew"),
         ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern.q_proj: found 0"),
         ("lora: {lora_alpha: 0}", "lora.lora_alpha: found 0"),
+        ("lora: {lora_alpha: 1e300}", "lora.lora_alpha: found 1e+300"),
+        ("lora: {rank_pattern: {'(': 8}}", "lora.rank_pattern: found {(}, a group of keys; '(' is no regular"),
     ],
 )
 def test_lora_settings_without_a_meaning_here_are_refused(text, expected):
