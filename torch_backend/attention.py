@@ -3,8 +3,8 @@
 transformers hands every attention call to a function of one's choice and passes `cu_seq_lens_q` through to it, its
 own name for where examples begin. On CUDA that is one kernel for all examples (torch's `varlen_attn`); elsewhere
 each example's slice goes through `scaled_dot_product_attention` by itself, which costs some microseconds an example
-and layer. Architectures that transformers runs without either (soft caps, sinks) keep its own way, a
-block-diagonal mask that it derives from `position_ids`.
+and layer. Architectures that transformers runs without either (soft caps, sinks) keep its own way with a
+block-diagonal mask of ours, L x L floats: transformers derives one from `position_ids` for some of them only.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ class PackedAttention:
 
     def arguments(self, row: MicroBatch) -> dict[str, Any]:
         """Say to the model where the examples of a row (1, N) begin and which positions they have."""
-        lengths = torch.from_numpy(example_lengths(row))
         device = self._model.device
+        positions = torch.from_numpy(row.position_ids).long().to(device, non_blocking=True)
+        if not self._replaced:
+            return {"position_ids": positions, "attention_mask": self._masks(row)}
+        lengths = torch.from_numpy(example_lengths(row))
         arguments: dict[str, Any] = {
-            "position_ids": torch.from_numpy(row.position_ids).long().to(device, non_blocking=True),
+            "position_ids": positions,
             "cu_seq_lens_q": F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True),
             # An upper bound of few values: a compiled layer is compiled for each by itself.
             "max_length_q": 1 << (int(lengths.max()) - 1).bit_length(),
@@ -76,6 +79,22 @@ class PackedAttention:
         if not has_varlen(device, self._model.dtype):
             arguments["example_lengths"] = lengths.tolist()
         return arguments
+
+    def _masks(self, row: MicroBatch) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Make the masks (1, 1, N, N) to add to the scores, one for each kind of layer where there are kinds."""
+        config, device = self._model.config.get_text_config(), self._model.device
+        segments, place = torch.from_numpy(row.segment_ids).to(device)[0], torch.arange(row.segment_ids.shape[1])
+        distance = (place[:, None] - place[None, :]).to(device)
+        seen = (segments[:, None] == segments[None, :]) & (distance >= 0)
+
+        def added(seen: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=device)
+            return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+        if "layer_types" not in config.to_dict():
+            return added(seen)
+        window = config.to_dict().get("sliding_window") or len(place)
+        return {"full_attention": added(seen), "sliding_attention": added(seen & (distance < window))}
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:

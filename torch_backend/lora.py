@@ -67,6 +67,13 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def text_modules(model: PreTrainedModel) -> list[str]:
+    """List the linear modules that read text: not those of a vision or audio tower, which MLX leaves out."""
+    decoder = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    head = output_head(model)
+    return [path for path in linear_modules(model) if path == head or path.startswith(f"{decoder}.")]
+
+
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the path of the linear module that makes logits, None where it is none."""
     head = model.get_output_embeddings()
@@ -90,7 +97,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
     """Freeze the model and let PEFT wrap the modules that the config targets; returns it and `target_modules`."""
     model.requires_grad_(False)
     linear, saved = list(linear_modules(model)), _saved_modules(model, lora)
-    chosen = select_modules(linear, output_head(model), lora)
+    chosen = select_modules(text_modules(model), output_head(model), lora)
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
