@@ -10,6 +10,7 @@ not restart there, which rotary embeddings, being relative, do not feel.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ import numpy as np
 from common.engine import MicroBatch
 from common.errors import UserError
 from common.layout import example_lengths, side_by_side
-from mlx_backend.model import decoder_layers, specialise
+from mlx_backend.tree import decoder_layers, specialise
 
 ATTENTION = ("self_attn", "attention", "attn")  # mlx-lm's names of a layer's attention
 ABSOLUTE = ("wpe", "embed_positions", "position_embedding", "position_embeddings")  # of learned positions
@@ -62,6 +63,8 @@ def separate_examples(model: nn.Module, model_dir: Path) -> Packing:
                 f"packing: layer {number} of {model_dir} has no attention to keep examples apart in "
                 f"(its parts are {', '.join(layer.children())}); write packing: false"
             )
+        if list(inspect.signature(type(attention).__call__).parameters)[2:3] != ["mask"]:
+            raise UserError(f"packing: attention of {model_dir} takes more than hidden states; write packing: false")
         _hook(attention, packing)
     return packing
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_backend.attention import Packing
 from mlx_backend.lora import dropout_keys, set_dropout_keys
-from mlx_backend.model import decoder_layers, specialise
+from mlx_backend.tree import decoder_layers, specialise
 
 
 def checkpoint_layers(model: nn.Module, packing: Packing) -> None:

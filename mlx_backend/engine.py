@@ -29,13 +29,15 @@ from common.lora import (
 )
 from common.memory import process_memory
 from common.sampling import Sampling
-from common.weights import tensor_names
+from common.weights import read_model_config
 from mlx_backend.attention import Packing, SideBySide, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
+from mlx_backend.dialect import refuse_half_experts, refuse_unlike
 from mlx_backend.generate import generate
-from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at, weighted_modules
+from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
 from mlx_backend.loss import LossFunction
 from mlx_backend.model import choose_device, load_base, output_head, select_at_head
+from mlx_backend.names import adaptable_modules, refuse_foreign, weighted_modules
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
 from mlx_backend.streams import Streams
 
@@ -76,6 +78,10 @@ class MLXEngine:
         self._streams = Streams(device)
         self._seed = config.seed
         self._dropout = lora.lora_dropout if lora else 0.0
+        model_config = read_model_config(model_dir)
+        refuse_unlike(model_dir, model_config, config.max_seq_length)
+        if not on_gpu:
+            refuse_half_experts(model_dir, model_config, self.dtype)
         self._model = load_base(model_dir, self.dtype, config.quantization)
         self.tied_embeddings = output_head(self._model)[0] not in linear_modules(self._model)
         self._targets, self._adapter = self._inject(model_dir, lora)
@@ -162,7 +168,8 @@ class MLXEngine:
     def base_weight(self, module: str) -> Array:
         """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
         kept = self._adapter.base_weight(module)
-        weight = dense_weight(module_at(self._model, module)) if kept is None else kept
+        path = self._model.origins.path_of(module)
+        weight = dense_weight(module_at(self._model, path)) if kept is None else kept
         return np.array(weight.astype(mx.float32))
 
     def memory(self) -> MemoryUse:
@@ -177,17 +184,14 @@ class MLXEngine:
     def _inject(self, model_dir: Path, lora: LoraConfig | None) -> tuple[list[str], Adapter]:
         if lora is None:
             return [], Adapter({}, {})
-        linear, head = list(linear_modules(self._model)), output_head(self._model)[0]
-        chosen = select_modules(linear, head, lora)
-        saved = select_saved(list(weighted_modules(self._model)), head if self.tied_embeddings else None, lora)
-        known = tensor_names(model_dir)
-        foreign = [path for path in [*chosen, *saved] if f"{path}.weight" not in known]
-        if foreign:
-            raise UserError(
-                f"{model_dir}: mlx-lm names {foreign[0]} (and {len(foreign) - 1} more) otherwise than the checkpoint, "
-                "so a PEFT adapter of it would not load elsewhere; train this architecture with --engine torch"
-            )
-        return portable_target_modules(chosen, linear, lora), inject(self._model, chosen, saved, lora)
+        origins, linear, weighted = self._model.origins, adaptable_modules(self._model), weighted_modules(self._model)
+        head = origins.name_of(output_head(self._model)[0])
+        chosen = {name: linear[name] for name in select_modules(list(linear), head, lora)}
+        tied = head if self.tied_embeddings else None
+        saved = {name: weighted[name] for name in select_saved(list(weighted), tied, lora)}
+        refuse_foreign(self._model, [*chosen.values(), *saved.values()], model_dir)
+        targets = portable_target_modules(list(chosen), [*linear, *origins.absent], lora)
+        return targets, inject(self._model, chosen, saved, lora)
 
     def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:
         """Give the arguments of the loss for each group of rows."""

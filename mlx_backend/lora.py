@@ -79,7 +79,7 @@ class Adapter:
     """Know where the adapter's tensors are in a model, and put weights there, real ones or those a gradient is of."""
 
     def __init__(self, layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module]) -> None:
-        """Take the LoRA layers and the modules trained whole, by path."""
+        """Take the LoRA layers and the modules trained whole, by PEFT's name."""
         self._layers = layers
         self._base = {path: module.weight for path, module in saved.items()}
         self._places = {saved_key(path): (module, "weight") for path, module in saved.items()}
@@ -122,30 +122,26 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, nn.Linear | nn.QuantizedLinear)}
 
 
-def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that have a weight of their own, by path in model order."""
-    return {path: module for path, module in reversed(model.named_modules()) if "weight" in module}
-
-
-def inject(model: nn.Module, modules: Sequence[str], saved: Sequence[str], lora: LoraConfig) -> Adapter:
+def inject(model: nn.Module, modules: Mapping[str, str], saved: Mapping[str, str], lora: LoraConfig) -> Adapter:
     """Freeze the model, wrap the named linear modules in place and thaw those trained whole; returns their adapter.
 
-    Raises UserError for a module to train whole that is quantised or has more than a weight.
+    Both come by PEFT's name, with the path in the live tree. Raises UserError for a module to train whole that is
+    quantised or has more than a weight.
     """
     model.freeze()
-    whole = {path: module_at(model, path) for path in saved}
-    for path, module in whole.items():
+    whole = {name: module_at(model, path) for name, path in saved.items()}
+    for name, module in whole.items():
         if len(module.parameters()) > 1:
             what = "has a bias, which can't be" if "scales" not in module else "is quantised, and can't be"
-            raise UserError(f"lora.modules_to_save: {path} {what} trained whole; target it with lora.target_modules")
+            raise UserError(f"lora.modules_to_save: {name} {what} trained whole; target it with lora.target_modules")
         module.unfreeze(recurse=False)
     kind = DoRALinear if lora.use_dora else LoRALinear
     layers = {}
-    for path in modules:
-        parent, _, name = path.rpartition(".")
+    for name, path in modules.items():
+        parent, _, last = path.rpartition(".")
         holder = module_at(model, parent)
-        layers[path] = kind(holder[name], module_rank(path, lora), module_scaling(path, lora), lora.lora_dropout)
-        holder[name] = layers[path]
+        layers[name] = kind(holder[last], module_rank(name, lora), module_scaling(name, lora), lora.lora_dropout)
+        holder[last] = layers[name]
     return Adapter(layers, whole)
 
 

@@ -8,7 +8,6 @@ every architecture that mlx-lm knows keeps its own code.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,8 +16,12 @@ from mlx_lm.utils import load_model
 
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
-from common.weights import read_model_config, rope_in_both_forms
+from common.weights import read_model_config
+from mlx_backend.amend import amend
+from mlx_backend.dialect import translated
 from mlx_backend.lora import LoRALinear
+from mlx_backend.names import followed_classes
+from mlx_backend.tree import specialise
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -49,13 +52,14 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> 
     """
     config = read_model_config(directory)
     try:
-        model, _ = load_model(directory, lazy=True, model_config=rope_in_both_forms(config))
-    except (ValueError, KeyError, TypeError) as error:
+        model, _ = load_model(directory, lazy=True, model_config=translated(config), get_model_classes=followed_classes)
+    except (ValueError, KeyError, TypeError, AttributeError, SystemExit) as error:  # OLMo 1 exits without its package
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(
             f"{directory}: the MLX engine can't load this model (model_type {config['model_type']}): {reason}"
         ) from None
     model.set_dtype(DTYPES[dtype])
+    amend(model, config, DTYPES[dtype])
     if quantization.bits:
         nn.quantize(model, quantization.group_size, quantization.bits, class_predicate=_is_layer_linear)
     return model
@@ -97,16 +101,6 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module]:
             if path.rsplit(".", 1)[-1] == last_name and isinstance(module, kinds):
                 return path, module
     raise UserError("the MLX engine finds no output head (lm_head or a tied embed_tokens) in this architecture")
-
-
-def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """Return the layers of a model from input to output."""
-    return model.layers
-
-
-def specialise(module: nn.Module, method: str, function: Callable) -> None:
-    """Give one module a method of its own, by a subclass for it alone: its class and others of it stay as they are."""
-    module.__class__ = type(type(module).__name__, (type(module),), {method: function})
 
 
 def _is_layer_linear(path: str, module: nn.Module) -> bool:
