@@ -64,7 +64,9 @@ def find_head(model: PreTrainedModel, selection: HeadSelection) -> Head | None:
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear or module.weight.requires_grad:
         return None  # it is trained, or quantised
-    token_ids = torch.arange(PROBED_TOKENS, device=module.weight.device)[None] % model.config.vocab_size
+    token_ids = (
+        torch.arange(PROBED_TOKENS, device=module.weight.device)[None] % model.config.get_text_config().vocab_size
+    )
     logits = model(input_ids=token_ids, use_cache=False).logits.float()
     hidden, selection.hidden = selection.hidden, None
     assert hidden is not None, "the head was not called"
