@@ -175,6 +175,22 @@ def bench(
     run_bench(_load(config, engine, device, overrides), str(config), steps, as_json)
 
 
+@app.command(epilog="Example: twintune doctor --model models/smollm2-135m-instruct")
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(metavar="M", help="Say whether both engines agree on this model: folder or Hub name.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can run and what to mend, and train a tiny model on every engine here."""
+    from common import doctor as examination
+
+    if model:
+        examination.examine_model(model, as_json)
+    else:
+        examination.examine(as_json)
+
+
 @app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")
 def convert(
     model: Annotated[Path, typer.Option(metavar="FILE|DIR", help="A GGUF file; a model folder for --add-tokens.")],

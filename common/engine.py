@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import MachineError
+from common.finding import Finding
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
@@ -174,3 +175,8 @@ def open_engine(name: str, config: TrainConfig, model_dir: Path, lora: LoraConfi
     Raises UserError for a model that can't be loaded, MachineError for a device that isn't there.
     """
     return importlib.import_module(PACKAGES[name]).open_engine(config, model_dir, lora)
+
+
+def examine_engine(name: str) -> Sequence[Finding]:
+    """Let an installed engine say how the machine suits it."""
+    return importlib.import_module(PACKAGES[name]).examine()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
     from common.engine import Engine
+    from common.finding import Finding
 
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
@@ -28,3 +29,13 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     from mlx_backend.engine import MLXEngine
 
     return MLXEngine(config, model_dir, lora)
+
+
+def examine() -> list[Finding]:
+    """Say how the machine suits the engine: device, BLAS, compiler."""
+    from mlx_backend.blas import use_fast_blas
+
+    blas = use_fast_blas()
+    from mlx_backend import health
+
+    return list(health.examine(blas))

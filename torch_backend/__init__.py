@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
     from common.engine import Engine
+    from common.finding import Finding
 
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
@@ -18,9 +19,21 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     # Read when OpenMP starts. Threads that spin at each barrier collapse where anything else uses a core: with one of
     # two cores busy, a step of SmolLM2 took over 30 s spinning and 4 s sleeping; alone, 2.4 s either way.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Three libraries' notices to each other's developers, which would stand between a person and our one message.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    _quieten()
     from torch_backend.engine import TorchEngine
 
     return TorchEngine(config, model_dir, lora)
+
+
+def examine() -> list[Finding]:
+    """Say how the machine suits the engine: device, driver, kernels."""
+    _quieten()
+    from torch_backend import health
+
+    return list(health.examine())
+
+
+def _quieten() -> None:
+    """Silence libraries' notices to each other's developers, which would stand between a person and our one message."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
