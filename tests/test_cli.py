@@ -26,7 +26,7 @@ from common.hub import resolve_model
 from common.talk import open_model
 
 ENGINES = ("mlx", "torch")
-VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert")
+VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 METRICS = {

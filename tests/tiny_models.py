@@ -171,7 +171,7 @@ FAMILIES = {
 
 
 def write_family(directory: Path, family: str, **changes: object) -> Path:
-    """Write a tiny random checkpoint of one of FAMILIES, or any model_type, its text config changed so; returns the folder.
+    """Write a tiny random checkpoint of FAMILIES or of another model_type, its text config changed; returns the folder.
 
     Norms, biases and gates are drawn too: transformers begins them at 1 and 0, which hides what a wrong sign or
     a missing 1 + w does.

@@ -1,4 +1,4 @@
-"""Attention for packed rows on torch: each example attends to itself, and no (L, L) mask is ever made.
+"""Attention for packed rows on torch: each example attends to itself, without an (L, L) mask where it can be.
 
 transformers hands every attention call to a function of one's choice and passes `cu_seq_lens_q` through to it, its
 own name for where examples begin. On CUDA that is one kernel for all examples (torch's `varlen_attn`); elsewhere
