@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, make_batches, open_fresh
-from test_engine_contract import random_state, transformers_model
+from test_engine_contract import random_state
 from tiny_models import FAMILIES, YARN, write_family
 
 from common.adapter import peft_config, write_adapter
@@ -87,13 +87,19 @@ def train(engine: Engine, start: TrainState) -> list[float]:
     return [result.loss_sum / result.num_loss_tokens for result in results]
 
 
-def peft_logits(model: Path, engine: Engine, state: TrainState, token_ids: np.ndarray, folder: Path) -> np.ndarray:
+def peft_logits(
+    name: str, model: Path, engine: Engine, state: TrainState, token_ids: np.ndarray, folder: Path
+) -> np.ndarray:
     """Let PEFT load the adapter as we write it, every tensor of it, and compute the logits."""
     import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder.mkdir()
     write_adapter(folder, state.weights, peft_config(LoraConfig(), engine.target_modules(), str(model), None))
-    loaded = transformers_model(model, folder)
+    sees = json.loads((model / "config.json").read_text())["model_type"] == "mistral3"
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    loaded = PeftModel.from_pretrained(kind.from_pretrained(model, dtype=torch.float32), folder).eval()
     assert {name.replace(".default.", ".") for name in loaded.state_dict() if ".lora_" in name} == state.weights.keys()
     with torch.no_grad():
         return loaded(torch.from_numpy(token_ids.astype(np.int64))).logits.numpy()

@@ -96,6 +96,12 @@ FAMILIES = {
     "ministral3": Family(
         "ministral3", "Ministral 3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, packs_on=("torch",)
     ),
+    "mistral3": Family(
+        "mistral3",
+        "Mistral Small 3.1, 3.2",
+        {"model_type": "mistral", "sliding_window": None},
+        VISION | {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 12},
+    ),
     "mixtral": Family("mixtral", "Mixtral", SQUARE | {"num_local_experts": 6}),
     "qwen2": Family("qwen2", "Qwen 2, 2.5", SQUARE | {"tie_word_embeddings": True}),
     "qwen2-yarn": Family("qwen2", "Qwen 2.5 with YaRN", SQUARE | {"rope_parameters": YARN}),

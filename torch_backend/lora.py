@@ -118,9 +118,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
     keys = (lora_a_key, lora_b_key, *([magnitude_key] if lora.use_dora else []))
     expected = {key(module) for module in chosen for key in keys} | {saved_key(module) for module in saved}
     found = trainable_parameters(wrapped).keys()
-    if (
-        found != expected
-    ):  # PEFT takes gate_proj of some mixtures for their routed experts, in every reader of its files
+    if found != expected:  # PEFT takes gate_proj of some mixtures for routed experts, when reading too
         raise UserError(
             f"lora.target_modules: in {model.config.model_type} PEFT makes other tensors of them, such as "
             f"{min(found ^ expected)}; name modules outside the experts: [q_proj, k_proj, v_proj, o_proj]"

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.config import QuantizationConfig
@@ -50,7 +60,7 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what its report of the load says is refused below
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(model_type).from_pretrained(
             directory,
             config=_without_dropout(AutoConfig.from_pretrained(directory)),
             dtype=DTYPES[dtype],
@@ -67,6 +77,12 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
     _refuse_unfitting_weights(directory, report)
     _keep_trainable_on_cpu(model)
     return model
+
+
+def _auto_class(model_type: str) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """Choose how transformers opens a model: some that also see are no causal language models to it, as Mistral 3."""
+    seeing = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return AutoModelForImageTextToText if model_type in seeing else AutoModelForCausalLM
 
 
 def _refuse_unfitting_weights(directory: Path, report: dict[str, Any]) -> None:
