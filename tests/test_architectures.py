@@ -87,9 +87,7 @@ def train(engine: Engine, start: TrainState) -> list[float]:
     return [result.loss_sum / result.num_loss_tokens for result in results]
 
 
-def peft_logits(
-    name: str, model: Path, engine: Engine, state: TrainState, token_ids: np.ndarray, folder: Path
-) -> np.ndarray:
+def peft_logits(model: Path, engine: Engine, state: TrainState, token_ids: np.ndarray, folder: Path) -> np.ndarray:
     """Let PEFT load the adapter as we write it, every tensor of it, and compute the logits."""
     import torch
     from peft import PeftModel
