@@ -57,6 +57,7 @@ def peft_config(
         "init_lora_weights": True,
         "modules_to_save": list(lora.modules_to_save) if lora.modules_to_save else None,
         "auto_mapping": None,
+        **({"target_parameters": list(lora.target_parameters)} if lora.target_parameters else {}),
         **({TIED: True} if tied_embeddings and lora.modules_to_save else {}),
     }
 
@@ -93,7 +94,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
     """Return the LoRA settings that an adapter_config.json describes; raises UserError for what we can't honour."""
-    unknown = [key for key in ("fan_in_fan_out", "target_parameters", "trainable_token_indices") if config.get(key)]
+    unknown = [key for key in ("fan_in_fan_out", "trainable_token_indices") if config.get(key)]
     if unknown or config.get("bias", "none") != "none":
         raise UserError(f"{source / CONFIG_NAME}: uses {', '.join(unknown or ['bias'])}, which is not supported")
     if str(config.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
@@ -105,7 +106,7 @@ def lora_of(config: Mapping[str, Any], source: Path) -> LoraConfig:
         raise UserError(f"{source / CONFIG_NAME}: names no target_modules; add those the adapter was trained with")
     keys = (
         *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora"),
+        *("rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save", "use_rslora", "use_dora"),
     )
     try:
         return LoraConfig(**{key: config[key] for key in keys if config.get(key) is not None})

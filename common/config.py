@@ -123,6 +123,11 @@ class LoraConfig(_Group):
     target_modules: Modules = "all-linear"
     """Which modules get an adapter: all-linear, a regular expression on full names, a list of last names."""
 
+    target_parameters: Annotated[tuple[Name, ...], BeforeValidator(as_texts)] | None = Field(
+        default=None, examples=[["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]]
+    )
+    """Stacks of experts to adapt besides, by the end of their names in transformers' model; every expert gets `r`."""
+
     exclude_modules: Modules | None = None
     """Modules to leave out of those, as a regular expression or a list of last names."""
 

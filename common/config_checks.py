@@ -134,6 +134,7 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
     yield from _dtype_conflicts(config)
     yield from _quantization_conflicts(config)
     yield from _best_conflicts(config)
+    yield from _expert_conflicts(config)
     if config.adapter_name_or_path and config.lora.init_lora_weights is not True:
         yield Conflict(
             ("lora.init_lora_weights", "adapter_name_or_path"),
@@ -167,6 +168,23 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
             ("eval_strategy", "data.validation"),
             f"found {config.eval_strategy} without data.validation; add it, or write eval_strategy: no",
         )
+
+
+def _expert_conflicts(config: TrainConfig) -> Iterator[Conflict]:
+    """Refuse beside adapted experts what PEFT can't do for them: they are parameters, not modules."""
+    lora = config.lora
+    wishes = (
+        ("lora.lora_dropout", f"{lora.lora_dropout:g}", lora.lora_dropout > 0, "0"),
+        ("lora.use_dora", "true", lora.use_dora, "false"),
+        ("lora.init_lora_weights", str(lora.init_lora_weights), lora.init_lora_weights is not True, "true"),
+    )
+    for key, value, wished, instead in wishes:
+        if lora.target_parameters and wished:
+            name = key.removeprefix("lora.")
+            yield Conflict(
+                (key, "lora.target_parameters"),
+                f"found {value}, which PEFT can't do for target_parameters; write {name}: {instead}, or leave them out",
+            )
 
 
 def _dtype_conflicts(config: TrainConfig) -> Iterator[Conflict]:

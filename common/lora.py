@@ -109,10 +109,13 @@ def trainable_entries(layout: FlatLayout, lora: LoraConfig) -> Array | None:
     return mask
 
 
-def select_modules(linear: Sequence[str], head: str | None, lora: LoraConfig) -> list[str]:
+def select_modules(
+    linear: Sequence[str], head: str | None, lora: LoraConfig, parameters: Sequence[str] = ()
+) -> list[str]:
     """Return the linear modules that the config targets, in model order.
 
-    `linear` names every linear module of the model, `head` the output head, which `all-linear` leaves out.
+    `linear` names every linear module of the model, `head` the output head, which `all-linear` leaves out, and
+    `parameters` the stacks of experts that are adapted too, for which a pattern of ranks may be meant.
     Raises UserError where nothing matches, or one of several names, with what there is to choose from.
     """
     wanted = [name for name in linear if not lora.modules_to_save or not _matches(name, lora.modules_to_save, None)]
@@ -128,7 +131,7 @@ def select_modules(linear: Sequence[str], head: str | None, lora: LoraConfig) ->
         for name in lora.target_modules:
             if not any(_matches(each, (name,), None) for each in linear):
                 raise _unmatched(name, linear)
-    _refuse_idle_patterns(chosen, lora)
+    _refuse_idle_patterns([*chosen, *parameters], lora)
     return chosen
 
 
@@ -149,6 +152,27 @@ def select_saved(modules: Sequence[str], tied_embedding: str | None, lora: LoraC
             )
         chosen.update(matching)
     return [module for module in modules if module in chosen]
+
+
+def select_parameters(parameters: Sequence[str], lora: LoraConfig) -> dict[str, str]:
+    """Return the stacks of experts that the config targets: the name of each, and the module its adapter is filed as.
+
+    `parameters` names all there are, in model order. PEFT wraps the module that holds several as often as it has
+    adapted stacks, so that all but the last are filed under `base_layer`. Raises UserError for a name without a match.
+    """
+    for name in lora.target_parameters or ():
+        if not any(_matches(each, (name,), None) for each in parameters):
+            there = ", ".join(sorted({".".join(each.split(".")[-3:]) for each in parameters}))
+            raise UserError(
+                f"lora.target_parameters: {name!r} matches no stack of experts of this model; "
+                + (f"choose among: {there}" if there else "it has none: delete the key")
+            )
+    chosen = [each for each in parameters if _matches(each, lora.target_parameters or (), None)]
+    holders = [each.rpartition(".")[0] for each in chosen]
+    return {
+        each: holder + ".base_layer" * holders[place + 1 :].count(holder)
+        for place, (each, holder) in enumerate(zip(chosen, holders, strict=True))
+    }
 
 
 def portable_target_modules(chosen: Sequence[str], linear: Sequence[str], lora: LoraConfig) -> list[str]:

@@ -24,6 +24,7 @@ from common.lora import (
     portable_target_modules,
     seed_of,
     select_modules,
+    select_parameters,
     select_saved,
     trainable_entries,
 )
@@ -33,6 +34,7 @@ from common.weights import read_model_config
 from mlx_backend.attention import Packing, SideBySide, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike
+from mlx_backend.experts import expert_stacks, inject_experts
 from mlx_backend.generate import generate
 from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
 from mlx_backend.loss import LossFunction
@@ -183,15 +185,19 @@ class MLXEngine:
 
     def _inject(self, model_dir: Path, lora: LoraConfig | None) -> tuple[list[str], Adapter]:
         if lora is None:
-            return [], Adapter({}, {})
+            return [], Adapter({}, {}, {})
         origins, linear, weighted = self._model.origins, adaptable_modules(self._model), weighted_modules(self._model)
         head = origins.name_of(output_head(self._model)[0])
-        chosen = {name: linear[name] for name in select_modules(list(linear), head, lora)}
+        parameters = select_parameters(list(expert_stacks(self._model)), lora)
+        chosen = {name: linear[name] for name in select_modules(list(linear), head, lora, list(parameters))}
         tied = head if self.tied_embeddings else None
         saved = {name: weighted[name] for name in select_saved(list(weighted), tied, lora)}
         refuse_foreign(self._model, [*chosen.values(), *saved.values()], model_dir)
         targets = portable_target_modules(list(chosen), [*linear, *origins.absent], lora)
-        return targets, inject(self._model, chosen, saved, lora)
+        self._model.freeze()
+        stacks = inject_experts(self._model, list(parameters), lora)
+        experts = {filed: stacks[name] for name, filed in parameters.items()}
+        return targets, inject(self._model, chosen, saved, experts, lora)
 
     def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:
         """Give the arguments of the loss for each group of rows."""

@@ -78,12 +78,14 @@ class DoRALinear(LoRALinear):
 class Adapter:
     """Know where the adapter's tensors are in a model, and put weights there, real ones or those a gradient is of."""
 
-    def __init__(self, layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module]) -> None:
-        """Take the LoRA layers and the modules trained whole, by PEFT's name."""
+    def __init__(
+        self, layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module], experts: Mapping[str, nn.Module]
+    ) -> None:
+        """Take the LoRA layers, the modules trained whole and the adapters of experts, by PEFT's name."""
         self._layers = layers
         self._base = {path: module.weight for path, module in saved.items()}
         self._places = {saved_key(path): (module, "weight") for path, module in saved.items()}
-        for path, layer in layers.items():
+        for path, layer in [*layers.items(), *experts.items()]:
             self._places |= {lora_a_key(path): (layer, "lora_a"), lora_b_key(path): (layer, "lora_b")}
             if isinstance(layer, DoRALinear):
                 self._places[magnitude_key(path)] = (layer, "lora_magnitude")
@@ -95,7 +97,7 @@ class Adapter:
     def bind(self, weights: Mapping[str, mx.array], dropout_key: mx.array | None = None) -> None:
         """Set the weights that the next forward pass uses, and the key of its dropout masks (None: no dropout)."""
         for key, (module, name) in self._places.items():
-            module[name] = weights[key] if isinstance(module, LoRALinear) else weights[key].astype(module[name].dtype)
+            module[name] = weights[key].astype(module[name].dtype)
         keys = [None] * len(self._layers) if dropout_key is None else mx.random.split(dropout_key, len(self._layers))
         for layer, key in zip(self._layers.values(), keys, strict=True):
             layer._dropout_key = key
@@ -122,13 +124,18 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, nn.Linear | nn.QuantizedLinear)}
 
 
-def inject(model: nn.Module, modules: Mapping[str, str], saved: Mapping[str, str], lora: LoraConfig) -> Adapter:
-    """Freeze the model, wrap the named linear modules in place and thaw those trained whole; returns their adapter.
+def inject(
+    model: nn.Module,
+    modules: Mapping[str, str],
+    saved: Mapping[str, str],
+    experts: Mapping[str, nn.Module],
+    lora: LoraConfig,
+) -> Adapter:
+    """Wrap the named linear modules in place and thaw those trained whole; returns their adapter.
 
-    Both come by PEFT's name, with the path in the live tree. Raises UserError for a module to train whole that is
-    quantised or has more than a weight.
+    Both come by PEFT's name, with the path in the live tree; `experts` are adapters in place already. Raises UserError
+    for a module to train whole that is quantised or has more than a weight.
     """
-    model.freeze()
     whole = {name: module_at(model, path) for name, path in saved.items()}
     for name, module in whole.items():
         if len(module.parameters()) > 1:
@@ -142,7 +149,7 @@ def inject(model: nn.Module, modules: Mapping[str, str], saved: Mapping[str, str
         holder = module_at(model, parent)
         layers[name] = kind(holder[last], module_rank(name, lora), module_scaling(name, lora), lora.lora_dropout)
         holder[last] = layers[name]
-    return Adapter(layers, whole)
+    return Adapter(layers, whole, experts)
 
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:

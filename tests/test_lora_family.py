@@ -284,7 +284,13 @@ def peft_model(base: Path, lora: LoraConfig) -> torch.nn.Module:
     settings = lora.model_dump(exclude={"target_modules", "layers_to_transform", "exclude_modules"})
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     saved = list(lora.modules_to_save) if lora.modules_to_save else None
-    settings |= {"target_modules": targets, "modules_to_save": saved, "ensure_weight_tying": bool(saved)}
+    parameters = list(lora.target_parameters) if lora.target_parameters else None
+    settings |= {
+        "target_modules": targets,
+        "target_parameters": parameters,
+        "modules_to_save": saved,
+        "ensure_weight_tying": bool(saved),
+    }
     return peft.get_peft_model(transformers_model(base), peft.LoraConfig(**settings))
 
 

@@ -26,6 +26,7 @@ from common.lora import (
     portable_target_modules,
     saved_key,
     select_modules,
+    select_parameters,
     select_saved,
 )
 
@@ -74,6 +75,11 @@ def text_modules(model: PreTrainedModel) -> list[str]:
     return [path for path in linear_modules(model) if path == head or path.startswith(f"{decoder}.")]
 
 
+def expert_stacks(model: PreTrainedModel) -> list[str]:
+    """List the parameters that hold the matrices of all experts of a layer, (E, out, in) or (E, in, out)."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name]
+
+
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the path of the linear module that makes logits, None where it is none."""
     head = model.get_output_embeddings()
@@ -97,7 +103,8 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
     """Freeze the model and let PEFT wrap the modules that the config targets; returns it and `target_modules`."""
     model.requires_grad_(False)
     linear, saved = list(linear_modules(model)), _saved_modules(model, lora)
-    chosen = select_modules(text_modules(model), output_head(model), lora)
+    parameters = select_parameters(expert_stacks(model), lora)
+    chosen = select_modules(text_modules(model), output_head(model), lora, list(parameters))
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -107,6 +114,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         target_modules=chosen,
+        target_parameters=list(parameters) or None,
         modules_to_save=saved or None,
         ensure_weight_tying=bool(saved),
         bias="none",
@@ -117,6 +125,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
         _keep_dtype(model.get_submodule(path))
     keys = (lora_a_key, lora_b_key, *([magnitude_key] if lora.use_dora else []))
     expected = {key(module) for module in chosen for key in keys} | {saved_key(module) for module in saved}
+    expected |= {key(module) for module in parameters.values() for key in (lora_a_key, lora_b_key)}
     found = trainable_parameters(wrapped).keys()
     if found != expected:  # PEFT takes gate_proj of some mixtures for routed experts, when reading too
         raise UserError(
