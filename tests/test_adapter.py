@@ -170,7 +170,7 @@ def test_a_weights_file_cut_off_is_named(tmp_path, end, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fan_in_fan_out": True, "target_parameters": ["experts.weight"]}, "uses fan_in_fan_out, target_parameters"),
+        ({"fan_in_fan_out": True, "bias": "all"}, "uses fan_in_fan_out, which is not supported"),
         ({"trainable_token_indices": [5]}, "uses trainable_token_indices, which is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "saved against a changed base; save it again"),
         ({"bias": "all"}, "uses bias"),

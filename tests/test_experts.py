@@ -11,7 +11,7 @@ from test_lora_family import assert_close, logits_of, moved, peft_training, toke
 from test_lora_family import train as train_steps
 from tiny_models import write_family
 
-from common.adapter import lora_of, peft_config, read_adapter_config, write_adapter
+from common.adapter import lora_of, peft_config, read_adapter, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.errors import UserError
@@ -75,7 +75,10 @@ def test_peft_loads_what_is_saved_and_both_engines_file_it_alike(
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(peft.get_peft_model_state_dict(model))
     for engine in (first, second):
         assert_close(engine.logits(tokens()), logits_of(model))
-    assert lora_of(read_adapter_config(tmp_path), tmp_path).target_parameters == lora.target_parameters
+    weights, config = read_adapter(tmp_path)
+    assert lora_of(config, tmp_path).target_parameters == lora.target_parameters
+    for key, value in state.weights.items():
+        np.testing.assert_array_equal(weights[key], value)
 
 
 @pytest.mark.parametrize("name", ENGINES)

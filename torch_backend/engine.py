@@ -75,8 +75,10 @@ class TorchEngine:
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
-        # Where each example attends by itself, every batch would be compiled anew.
+        # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
+        # and takes them out again at each pass.
         alike = self._packing is None or has_varlen(device, self._base.dtype)
+        alike = alike and not (lora and lora.target_parameters)
         compiles = can_compile(device) and alike if config.torch_compile is None else config.torch_compile
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
