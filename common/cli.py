@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shlex
@@ -66,6 +67,8 @@ def train(
         ),
     ] = None,
     allow_changed: Annotated[bool, typer.Option(help="Resume although config, data or base changed.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but an error.")] = False,
+    as_json: JsonOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Train an adapter and write checkpoints, metrics and final/ into the config's output_dir."""
@@ -73,10 +76,12 @@ def train(
 
     from common import launch
 
-    request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]))
     settings = _load(config, engine, device, overrides)
     with outlive_terminal():
-        launch.train(settings, request, Console())
+        events = sys.stdout if as_json else None
+        request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]), events)
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # libraries print too
+            launch.train(settings, request, Console(quiet=quiet))
 
 
 @app.command(epilog="Example: twintune evaluate --config configs/quickstart.yaml --adapter outputs/quickstart/final")
@@ -189,6 +194,30 @@ def doctor(
         examination.examine_model(model, as_json)
     else:
         examination.examine(as_json)
+
+
+@app.command(epilog="Example: twintune status outputs/quickstart-mlx --json")
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir.")], as_json: JsonOption = False
+) -> None:
+    """Show how a run stands, from another terminal; on a terminal, follow it until it ends or Ctrl-C."""
+    from common.status import show
+
+    show(run, as_json)
+
+
+@app.command(epilog="Example: twintune report --output both.html outputs/quickstart-mlx outputs/quickstart-torch")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="One output_dir, or several to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page; else report.html in the run's folder, for several here."),
+    ] = None,
+) -> None:
+    """Write an HTML page with plots, data, answers and config of a run, and the plots as PNG in a folder beside it."""
+    from common.report.write import write_report
+
+    print(f"{write_report(runs, output)} is ready")
 
 
 @app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")

@@ -31,7 +31,6 @@ from common.config_checks import (
     known_initialisation,
     known_metric,
     known_optimizer,
-    not_yet,
 )
 from common.config_errors import ConfigInput, known_keys, validated
 from common.config_file import apply_overrides, read_config_file
@@ -239,7 +238,10 @@ class TrainConfig(_Group):
     """Name of the run in reports."""
 
     report_to: Annotated[tuple[str, ...], BeforeValidator(as_reporters)] = ()
-    """Trackers to send metrics to: "none" or an empty list; metrics.jsonl is always written."""
+    """Trackers to send metrics to: tensorboard, wandb, trackio, mlflow, several of them, or none.
+
+    metrics.jsonl is always written.
+    """
 
     max_seq_length: Count = 2048
     """Longest example, in tokens; `data.truncation` says what happens to longer ones."""
@@ -350,8 +352,8 @@ class TrainConfig(_Group):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
-        """Refuse keys that contradict one another, and what nothing honours yet."""
-        found = [*conflicts(self), *not_yet(self)]
+        """Refuse keys that contradict one another."""
+        found = list(conflicts(self))
         if found:
             text = "\n".join(f"{conflict.keys[0]}: {conflict.message}" for conflict in found)
             raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})

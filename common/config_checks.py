@@ -1,7 +1,6 @@
 """Check config values beyond their type: single values, keys that contradict each other, changes on resume.
 
-Plain functions apart from the model, so that `config.py` reads as the list of keys. What is valid but not
-built yet is refused by the table at the end.
+Plain functions apart from the model, so that `config.py` reads as the list of keys.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from common.config_errors import Conflict, found_text
+from common.config_errors import Conflict
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def as_texts(value: Any) -> tuple[str, ...]:
@@ -50,8 +51,14 @@ def check_split(value: float) -> float:
 
 
 def as_reporters(value: Any) -> tuple[str, ...]:
-    """Turn Hugging Face's "none" into the empty tuple."""
-    return tuple(name for name in as_texts(value) if name != "none")
+    """Check the names of trackers, and turn Hugging Face's "none" into the empty tuple."""
+    names = tuple(dict.fromkeys(name for name in as_texts(value) if name != "none"))
+    for name in names:
+        if name == "all":
+            raise ValueError(f"it would depend on what is installed; name them: {', '.join(TRACKERS)}")
+        if name not in TRACKERS:
+            raise ValueError(f"{name} is not among {', '.join(TRACKERS)}, none")
+    return names
 
 
 def as_layers(value: Any) -> Any:
@@ -269,7 +276,7 @@ def _best_conflicts(config: TrainConfig) -> Iterator[Conflict]:
 
 def differences_for_resume(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]:
     """List the keys that differ between two resolved configs and forbid a resume, as `lora.r: 16 -> 8`."""
-    before, after = {**_flat(default), **_flat(old)}, {**_flat(default), **_flat(new)}
+    before, after = {**flat(default), **flat(old)}, {**flat(default), **flat(new)}
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
@@ -277,7 +284,7 @@ def differences_for_resume(old: Mapping[str, Any], new: Mapping[str, Any], defau
     ]
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Give the keys of groups their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -297,20 +304,4 @@ _FREE_ON_RESUME = {
     *("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
     *("save_minutes", "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size"),
     *("gradient_checkpointing", "activation_offloading", "torch_compile", "optim"),
-}
-
-
-def not_yet(config: TrainConfig) -> Iterator[Conflict]:
-    """Yield every key of `_NOT_YET` that asks for something."""
-    values = config.model_dump()
-    for key, instead in _NOT_YET.items():
-        group, _, name = key.rpartition(".")
-        value = (values[group] if group else values)[name]
-        if value:
-            yield Conflict((key,), f"found {found_text(value)}, which is not supported yet; {instead}")
-
-
-# Valid keys that nothing honours yet, with what to write: delete a line once its feature works.
-_NOT_YET = {
-    "report_to": 'only "none" is there yet; metrics.jsonl holds every metric',
 }

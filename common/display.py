@@ -45,7 +45,7 @@ def scores(columns: Mapping[str, Mapping[str, float]], console: Console) -> None
     for name in columns:
         table.add_column(name, justify="right")
     for metric in next(iter(columns.values())):
-        table.add_row(metric, *(_figure(metric, column[metric]) for column in columns.values()))
+        table.add_row(metric, *(figure(metric, column[metric]) for column in columns.values()))
     console.print(table)
 
 
@@ -63,7 +63,8 @@ def counter(what: str, total: int | None, console: Console) -> Iterator[Callable
         yield lambda done: progress.update(task, completed=done)
 
 
-def _figure(metric: str, value: float) -> str:
+def figure(metric: str, value: float) -> str:
+    """Format a score: counts whole, losses with decimals, shares in per cent."""
     if metric in COUNTS:
         return f"{value:,}"
     return f"{value:.4f}" if metric in LOSSES else f"{value:.1%}"

@@ -35,6 +35,28 @@ class Evaluation:
     answers: list[str]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Hold base and adapter side by side: their scores, and some held-out examples with both answers."""
+
+    scores: dict[str, dict[str, float | int]]  # "base" and "adapter"
+    answers: list[dict[str, str]]  # prompt, expected, base, adapter
+
+
+def compare_answers(
+    scores: dict[str, dict[str, float | int]], questions: Sequence[Question], base: Sequence[str], tuned: Sequence[str]
+) -> Comparison:
+    """Put the answers to some of the first questions side by side."""
+    rows = zip(questions, base, tuned, strict=False)
+    return Comparison(
+        scores,
+        [
+            {"prompt": question.shown, "expected": question.expected, "base": before, "adapter": after}
+            for question, before, after in rows
+        ],
+    )
+
+
 def make_questions(examples: Sequence[Example], tokenizer: ChatTokenizer, skip: bool = False) -> list[Question]:
     """Turn examples into questions; those without an answer's text to compare (plain text, tool calls) make none.
 

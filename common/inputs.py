@@ -29,18 +29,25 @@ class TestSet:
     questions: list[Question]
 
 
-def read_training(
-    config: TrainConfig, tokenizer: ChatTokenizer, console: Console
-) -> tuple[TokenDataset, TokenDataset | None]:
+@dataclass(frozen=True)
+class TrainingData:
+    """Hold what is trained on, what it is validated on, and what was lost while reading."""
+
+    data: TokenDataset
+    validation: TokenDataset | None
+    report: DataReport
+
+
+def read_training(config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> TrainingData:
     """Read the training data, and the validation data where there is any or a share of it is held out."""
     with display.counter("reading the training data", None, console) as advance:
         data, held_out, report = load_training(config, tokenizer, advance)
     _say_data("training", data, report, config, tokenizer, console)
     if held_out:
         say(console, f"{len(held_out):,} of them held out for validation")
-    if not config.data.validation:
-        return data, held_out
-    return data, _read_data("validation", config.data.validation, config, tokenizer, console)
+    if config.data.validation:
+        held_out = _read_data("validation", config.data.validation, config, tokenizer, console)
+    return TrainingData(data, held_out, report)
 
 
 def _read_data(

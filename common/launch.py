@@ -6,13 +6,13 @@ are checked, in seconds, before an engine is opened.
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -27,17 +27,23 @@ from common.data.tokens import TokenDataset
 from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
-from common.evaluate import Evaluation, evaluate
+from common.evaluate import Comparison, Evaluation, compare_answers, evaluate
+from common.facts import gather_facts, num_trainable
 from common.finish import Ending
 from common.hub import resolve_model
 from common.initial import starting_weights
 from common.inputs import TestSet, read_test, read_training
+from common.live import make_reporter
 from common.lora import as_stored
 from common.metrics import MetricsLog
-from common.progress import LoggedReporter, clock, make_reporter
+from common.progress import LoggedReporter, Reporter, clock, print_event
+from common.record import RunRecord
 from common.run import Identity, RunFolder, Start, alone_in, refuse_other_run
+from common.saving import next_save_text
 from common.signals import stop_on_signals
 from common.start import StartAdapter, begin_from, is_plain_adapter, read_start
+from common.trackers import TrackedRun, Tracker, import_trackers
+from common.tracking import TrackedReporter
 from common.trainer import Trainer
 from common.weights import fingerprint
 
@@ -53,6 +59,7 @@ class Request:
     resume: str | None = None  # "auto", the folder of a checkpoint or an adapter, or None to start afresh
     allow_changed: bool = False
     resume_command: str = ""  # what continues this run, to be shown when it is interrupted
+    events: TextIO | None = None  # where a program reads what happens, as JSON lines
 
     def without_adapter(self) -> Request:
         """Return the request with its --resume of an adapter left to the config, which names it from now on."""
@@ -81,38 +88,47 @@ def train(config: TrainConfig, request: Request, console: Console) -> None:
 
 def _train_alone(base: str, config: TrainConfig, request: Request, console: Console) -> None:
     name = choose_engine(config.engine)
+    trackers = import_trackers(config.report_to)
     given = read_start(config)
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
-    data, validation = read_training(config, tokenizer, console)
+    read = read_training(config, tokenizer, console)
     test = read_test(config.data.test, config, tokenizer, console) if config.data.test else None
-    plan = BatchPlan.of(data, config)
+    plan = BatchPlan.of(read.data, config)
     engine = _open(name, config, model_dir, console)
     adapter = peft_config(
         as_stored(config.lora), engine.target_modules(), base, config.revision, engine.tied_embeddings
     )
     folder = RunFolder(
         config,
-        Identity(data.fingerprint(), fingerprint(model_dir), given.fingerprint if given else ""),
+        Identity(read.data.fingerprint(), fingerprint(model_dir), given.fingerprint if given else ""),
         AdapterFiles(adapter, tokenizer.files),
         plan.total_steps,
     )
     if given:
         given = given.fitted_to(engine, config.lora)
     start = _start(folder, request, given, config, engine, console)
-    if folder.is_finished(start):
-        say(
-            console,
-            f"This run is finished: {folder.final} holds its adapter. Delete {folder.path} to train again.",
-        )
-        engine.load_state(TrainState.fresh(read_adapter(folder.final)[0]))  # the best, not always the last
-    else:
-        _train(config, request, engine, plan, validation, folder, start, console)
-    if test:
-        # The person waits: where there are scores to show, the loss on the test file is left to `twintune evaluate`.
-        shown = TestSet(None if config.evaluation.metrics else test.data, test.questions)
-        _compare(engine, config, shown, tokenizer, console)
+    record = RunRecord(folder.path)
+    with record.until_the_end():
+        if folder.is_finished(start):
+            say(
+                console,
+                f"This run is finished: {folder.final} holds its adapter. Delete {folder.path} to train again.",
+            )
+            engine.load_state(TrainState.fresh(read_adapter(folder.final)[0]))  # the best, not always the last
+        else:
+            folder.claim()
+            facts = gather_facts(engine, plan, start.progress.step, read, test, request.resume_command)
+            record.begin(facts)
+            reporter = _reporter(config, request, plan, folder, record, start.progress.step + 1, trackers, console)
+            _train(config, request, engine, plan, read.validation, folder, start, reporter)
+        if test:
+            # The person waits: where there are scores to show, the loss on the test file is left to `evaluate`.
+            shown = TestSet(None if config.evaluation.metrics else test.data, test.questions)
+            record.add(asdict(_compare(engine, config, shown, tokenizer, console)))
     say(console, f"The adapter is in {folder.final}")
+    if request.events:
+        print_event(request.events, "end", {"final": str(folder.final), "scores": record.scores})
     engine.close()
 
 
@@ -139,7 +155,7 @@ def evaluate_adapter(
         display.scores({"base": result.scores}, console)
         return {"base": result.scores}
     engine.load_state(TrainState.fresh(fitted_weights(weights, engine, adapter)))
-    return _compare(engine, config, test, tokenizer, console)
+    return _compare(engine, config, test, tokenizer, console).scores
 
 
 def _train(
@@ -150,11 +166,9 @@ def _train(
     validation: TokenDataset | None,
     folder: RunFolder,
     start: Start,
-    console: Console,
+    reporter: Reporter,
 ) -> None:
-    folder.claim()
-    _say_expected_time(engine, plan, start, console)
-    reporter = LoggedReporter(make_reporter(console), folder.path / "training.log")
+    _say_expected_time(engine, plan, start, reporter)
     log = MetricsLog(folder.path / "metrics.jsonl", start.progress.step)
     began, first = time.monotonic(), start.progress.step
     with stop_on_signals() as stop:
@@ -172,6 +186,24 @@ def _train(
         f"Trained {done} steps in {clock(time.monotonic() - began)} "
         f"on {engine.device}; batches {progress.batch_hash[:16]}"
     )
+
+
+def _reporter(
+    config: TrainConfig,
+    request: Request,
+    plan: BatchPlan,
+    folder: RunFolder,
+    record: RunRecord,
+    first_step: int,
+    trackers: Sequence[Tracker],
+    console: Console,
+) -> Reporter:
+    """Put together who is told of a run's progress: the person or program, training.log, the trackers."""
+    due = partial(next_save_text, config, plan.steps_per_epoch, plan.total_steps)
+    shown = LoggedReporter(make_reporter(console, request.events, due), folder.path / "training.log")
+    name = config.run_name or folder.path.absolute().name
+    run = TrackedRun(name, record.id, folder.path, config.to_dict(), first_step)
+    return TrackedReporter(shown, trackers, run) if trackers else shown
 
 
 def _start(
@@ -208,7 +240,7 @@ def _untrained(engine: Engine, config: TrainConfig) -> TrainState:
 def _open(name: str, config: TrainConfig, model_dir: Path, console: Console) -> Engine:
     say(console, f"Loading {model_dir} with the {name} engine ...")
     engine = open_engine(name, config, model_dir, as_stored(config.lora))
-    trainable = sum(math.prod(shape) for shape in engine.adapter_shapes().values())
+    trainable = num_trainable(engine)
     versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
     say(
         console,
@@ -217,7 +249,7 @@ def _open(name: str, config: TrainConfig, model_dir: Path, console: Console) -> 
     return engine
 
 
-def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, console: Console) -> None:
+def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, reporter: Reporter) -> None:
     """On a CPU or MPS, measure a forward pass and say how long the run will take."""
     if engine.device_type not in ("cpu", "mps"):
         return
@@ -228,7 +260,7 @@ def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, console: C
     steps = plan.total_steps - start.progress.step
     seconds = (time.monotonic() - began) * STEP_PER_FORWARD * steps * plan.accumulation
     why = "There is no CUDA device here: t" if engine.name == "torch" else "T"
-    say(console, f"{why}raining on {engine.device} takes about {clock(seconds)} ({steps} steps)")
+    reporter.say(f"{why}raining on {engine.device} takes about {clock(seconds)} ({steps} steps)")
 
 
 def _compare(
@@ -237,15 +269,16 @@ def _compare(
     test: TestSet,
     tokenizer: ChatTokenizer,
     console: Console,
-) -> Mapping[str, Mapping[str, float]]:
+) -> Comparison:
     """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both."""
     tuned = _evaluate("adapter", engine, config, test, tokenizer, console)
     engine.load_state(_untrained(engine, config))
     before = _evaluate("base", engine, config, test, tokenizer, console)
-    display.answers(test.questions[: config.evaluation.samples], before.answers, tuned.answers, console)
+    asked = test.questions[: config.evaluation.samples]
+    display.answers(asked, before.answers, tuned.answers, console)
     scores = {"base": before.scores, "adapter": tuned.scores}
     display.scores(scores, console)
-    return scores
+    return compare_answers(scores, asked, before.answers, tuned.answers)
 
 
 def _evaluate(

@@ -14,8 +14,11 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+import psutil
 
 from common.errors import UserError
 from common.files import explain
@@ -54,6 +57,46 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
         with contextlib.suppress(OSError):
             for each in made:
                 each.rmdir()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Name the process that has a folder; what it had no time to write yet is None."""
+
+    pid: int | None = None
+    host: str | None = None
+    since: str | None = None
+
+
+def holder(folder: Path) -> Holder | None:
+    """Tell which process has a folder, None where nobody has; changes nothing.
+
+    To find out it takes the lock of a dead process for microseconds, in which a run that starts is refused. Where the
+    file system knows no locks, it goes by whether the process that is named there lives.
+    """
+    path = folder / LOCK_NAME
+    named = _read_holder(path)
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        if _lock(handle):
+            return None
+    except BlockingIOError:
+        return named
+    finally:
+        os.close(handle)
+    lives = named.pid is not None and named.host == platform.node() and psutil.pid_exists(named.pid)
+    return named if lives else None
+
+
+def _read_holder(path: Path) -> Holder:
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(int(written["pid"]), str(written["host"]), str(written["since"]))
+    except (OSError, ValueError, TypeError, KeyError):  # it has the lock and has not written yet, or is going
+        return Holder()
 
 
 def _open(path: Path, folder: Path) -> tuple[int, bool]:
@@ -110,12 +153,10 @@ def _ourselves() -> dict[str, str | int]:
 
 
 def _refusal(path: Path, folder: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        stop = f"stop it (kill {holder['pid']})"
-    except (OSError, ValueError, TypeError, KeyError):  # it has the lock and has not written yet, or is going
-        who, stop = "another process", "stop it"
+    named = _read_holder(path)
+    known = named.pid is not None
+    who = f"process {named.pid} on {named.host}, since {named.since}" if known else "another process"
+    stop = f"stop it (kill {named.pid})" if known else "stop it"
     return (
         f"output_dir: {folder}: another run writes there: {who}; wait for it, {stop}, or use another output_dir "
         "(--set output_dir=...)"

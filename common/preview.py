@@ -50,16 +50,16 @@ def preview_data(config: TrainConfig, number: int, as_json: bool) -> None:
     base = require_trainable(config, "preview")
     tokenizer = ChatTokenizer(resolve_model(base, config.revision))
     data, _, report = load_training(config, tokenizer)
-    totals = sum_up(data, report, config)
+    totals = sum_up(BatchPlan.of(data, config), report)
     if as_json:
         _print_json(data, totals, number)
     else:
         _print_text(data, totals, report, number, tokenizer, config)
 
 
-def sum_up(data: TokenDataset, report: DataReport, config: TrainConfig) -> Totals:
-    """Compute the totals of a data set."""
-    plan = BatchPlan.of(data, config)
+def sum_up(plan: BatchPlan, report: DataReport) -> Totals:
+    """Compute the totals of a data set and its steps."""
+    data = plan.data
     return Totals(
         num_examples=len(data),
         num_tokens=data.num_tokens,

@@ -1,16 +1,16 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines anywhere else."""
+"""What is shown while a run goes on: plain lines here, JSON for programs, and on a terminal common/live.py."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from common.display import say
 
@@ -32,50 +32,6 @@ class Reporter(Protocol):
 
     def end(self) -> None:
         """Stop showing; safe to call twice."""
-
-
-class TerminalReporter:
-    """Show one live bar with loss, speed, memory and the time left, and lines above it."""
-
-    def __init__(self, console: Console) -> None:
-        self._eta = Eta()
-        self._progress = Progress(
-            TextColumn("[bold]step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[left]}"),
-            console=console,
-            expand=True,
-        )
-        self._task = self._progress.add_task("train", total=None, figures="", left="")
-
-    def begin(self, done: int, total: int) -> None:
-        """Start showing a run of `total` steps of which `done` are done."""
-        self._eta.begin(done, total)
-        self._progress.update(self._task, total=total, completed=done)
-        self._progress.start()
-
-    def advance(self, step: int) -> None:
-        """Note that a step is done."""
-        self._progress.update(self._task, completed=step, left=self._eta.after(step))
-
-    def row(self, metrics: Mapping[str, Any]) -> None:
-        """Show a row of metrics."""
-        if "loss_spike" in metrics:
-            self.say(f"step {metrics['step']}: loss {metrics['loss']:.4f} is a spike, far above those before it")
-        if "eval_loss" in metrics:
-            self.say(f"step {metrics['step']}: {evaluated(metrics).strip()}")
-        self._progress.update(self._task, figures=figures(metrics))
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        say(self._progress.console, text)
-
-    def end(self) -> None:
-        """Stop showing; safe to call twice."""
-        self._progress.stop()
 
 
 class PlainReporter:
@@ -101,6 +57,34 @@ class PlainReporter:
 
     def say(self, text: str) -> None:
         """Show a line."""
+        say(self._console, text)
+
+    def end(self) -> None:
+        """Stop showing; safe to call twice."""
+
+
+class JsonReporter:
+    """Write one JSON object an event, for programs; what is said to people goes to their console too."""
+
+    def __init__(self, events: TextIO, console: Console) -> None:
+        """Take where the events go, and a console that writes elsewhere."""
+        self._events = events
+        self._console = console
+
+    def begin(self, done: int, total: int) -> None:
+        """Start showing a run of `total` steps of which `done` are done."""
+        print_event(self._events, "begin", {"step": done, "total_steps": total})
+
+    def advance(self, step: int) -> None:
+        """Note that a step is done."""
+
+    def row(self, metrics: Mapping[str, Any]) -> None:
+        """Show a row of metrics."""
+        print_event(self._events, "metrics", metrics)
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        print_event(self._events, "message", {"text": text})
         say(self._console, text)
 
     def end(self) -> None:
@@ -158,9 +142,9 @@ class Eta:
         return f"{clock(seconds)} left"
 
 
-def make_reporter(console: Console) -> Reporter:
-    """Choose the live bar on a terminal, lines elsewhere."""
-    return TerminalReporter(console) if console.is_terminal else PlainReporter(console)
+def print_event(events: TextIO, event: str, values: Mapping[str, Any]) -> None:
+    """Write one line of `train --json`."""
+    print(json.dumps({"event": event, **values}), file=events, flush=True)
 
 
 def figures(metrics: Mapping[str, Any]) -> str:

@@ -65,3 +65,20 @@ class Saver:
         if is_lost and self._config.load_best_model_at_end:
             progress.best = replace(self._kept, evaluations_since=0)
         self.failure = None
+
+
+def next_save(config: TrainConfig, steps_per_epoch: int, total_steps: int, step: int) -> int | None:
+    """Return the first step after this one at which `save_strategy` saves, None where it never does again."""
+    if config.save_strategy == "no" or step >= total_steps:
+        return None
+    every = steps_per_epoch if config.save_strategy == "epoch" else config.save_steps
+    return min(total_steps, step - step % every + every)
+
+
+def next_save_text(config: TrainConfig, steps_per_epoch: int, total_steps: int, step: int) -> str:
+    """Say when the next checkpoint is due, nothing where none is."""
+    due = next_save(config, steps_per_epoch, total_steps, step)
+    by_clock = f"every {config.save_minutes:g} min" if config.save_minutes > 0 and step < total_steps else ""
+    by_step = f"step {due}" if due is not None else ""
+    when = " and ".join(part for part in (by_step, by_clock) if part)
+    return f"next save: {when}" if when else ""

@@ -26,7 +26,7 @@ from common.hub import resolve_model
 from common.talk import open_model
 
 ENGINES = ("mlx", "torch")
-VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor")
+VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor", "status", "report")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 METRICS = {
@@ -143,7 +143,7 @@ def rows(output: Path) -> list[dict]:
 
 
 def test_a_run_writes_exactly_the_files_of_the_design(finished: FinishedRun):
-    run_files = {"training_config.json", "metrics.jsonl", "training.log"}
+    run_files = {"training_config.json", "metrics.jsonl", "training.log", "run.json"}
     assert names(finished.output) == run_files | {"checkpoint-100", f"checkpoint-{STEPS}", "final"}
     checkpoint = ADAPTER | TOKENIZER | {"optimizer.safetensors", "trainer_state.json", "manifest.json"}
     assert names(finished.output / "checkpoint-100") == checkpoint

@@ -120,6 +120,7 @@ class Runs:
         kept = {f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}", "final"}
         assert {path.name for path in folder.iterdir()} == kept | {
             "metrics.jsonl",
+            "run.json",
             "training.log",
             "training_config.json",
         }

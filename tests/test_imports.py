@@ -13,7 +13,7 @@ ENGINES = {
     *("mlx", "mlx_lm", "torch", "peft", "bitsandbytes", "transformers", "accelerate"),
     *("mlx_backend", "torch_backend"),
 }
-VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor")
+VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor", "status", "report")
 
 
 def loaded_after(code: str) -> set[str]:

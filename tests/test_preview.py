@@ -16,7 +16,7 @@ def data_of(lengths: list[int]) -> TokenDataset:
 
 def test_totals_count_what_is_there_and_what_was_lost():
     report = DataReport(num_records=9, num_errors=2, truncated=3, lost_loss_tokens=40, dropped=1)
-    totals = sum_up(data_of([3, 5, 9, 17]), report, TrainConfig(per_device_train_batch_size=3))
+    totals = sum_up(BatchPlan.of(data_of([3, 5, 9, 17]), TrainConfig(per_device_train_batch_size=3)), report)
     assert (totals.num_examples, totals.num_tokens, totals.num_loss_tokens) == (4, 34, 30)
     assert (totals.shortest, totals.longest) == (3, 17)
     assert (totals.truncated, totals.lost_loss_tokens, totals.dropped, totals.skipped) == (3, 40, 1, 2)
@@ -24,7 +24,7 @@ def test_totals_count_what_is_there_and_what_was_lost():
 
 
 def test_the_histogram_doubles_and_counts_every_example_once():
-    totals = sum_up(data_of([2, 3, 4, 5, 8, 9, 33]), DataReport(), TrainConfig())
+    totals = sum_up(BatchPlan.of(data_of([2, 3, 4, 5, 8, 9, 33]), TrainConfig()), DataReport())
     assert totals.length_histogram == {"2": 1, "4": 2, "8": 2, "16": 1, "32": 0, "64": 1}
 
 
@@ -36,4 +36,4 @@ def test_the_share_of_padding_is_that_of_the_steps_of_an_epoch(settings):
     micros = [micro for step in range(1, plan.steps_per_epoch + 1) for micro in plan.step_batch(step).micro_batches]
     computed = sum(micro.token_ids.size for micro in micros)
     real = sum(int((micro.segment_ids > 0).sum()) for micro in micros)
-    assert sum_up(data, DataReport(), config).padding_share == pytest.approx(1 - real / computed, abs=1e-12)
+    assert sum_up(plan, DataReport()).padding_share == pytest.approx(1 - real / computed, abs=1e-12)
