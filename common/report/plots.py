@@ -112,7 +112,7 @@ def panels(runs: Sequence[RunData]) -> list[Panel]:
         *plots,
         Panel("learning-rate", "Learning rate", lines("learning_rate"), "", _small, from_zero=True),
         Panel("gradient-norm", "Gradient norm", lines("grad_norm", smooth=True), "before clipping", _plain, True),
-        Panel("speed", "Speed", lines("tokens_per_second"), "tokens a second", lambda v: f"{v:,.0f}", from_zero=True),
+        Panel("speed", "Speed", lines("tokens_per_second"), "tokens a second", _count, from_zero=True),
         Panel("memory", "Peak memory", lines("peak_memory_bytes", 1e-9), "GB", _plain, from_zero=True),
     ]
 
@@ -147,7 +147,12 @@ def _parts(line: Line) -> tuple[Sequence[int], Sequence[float], int, Sequence[fl
 
 
 def _plain(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else _small(value)
+
+
+def _count(value: float) -> str:
+    """Write 20000 as 20k, which fits beside an axis."""
+    return f"{value / 1000:g}k" if value >= 10_000 and value % 100 == 0 else f"{value:,.0f}"
 
 
 def _small(value: float) -> str:
