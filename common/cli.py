@@ -22,7 +22,6 @@ app = typer.Typer(
     name="twintune",
     help="Fine-tune with one config on MLX or torch; out comes a standard PEFT adapter.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -196,7 +195,7 @@ def doctor(
         examination.examine(as_json)
 
 
-@app.command(epilog="Example: twintune status outputs/quickstart-mlx --json")
+@app.command(epilog="Example: twintune status --json outputs/quickstart-mlx")
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir.")], as_json: JsonOption = False
 ) -> None:
@@ -218,6 +217,36 @@ def report(
     from common.report.write import write_report
 
     print(f"{write_report(runs, output)} is ready")
+
+
+@app.command(epilog="Example: twintune init --output mine.yaml --model Qwen/Qwen3-0.6B --train data/train.jsonl")
+def init(
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The config to write.")] = Path("train.yaml"),
+    model: Annotated[str | None, typer.Option(metavar="M", help="The base: a folder or Hub name.")] = None,
+    train: Annotated[str | None, typer.Option(metavar="PATH", help="The examples.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="PATH|SHARE", help="More examples, or the share of them to hold out.")
+    ] = None,
+    four_bits: Annotated[bool | None, typer.Option("--4bit/--no-4bit", help="Hold the base in 4 bits.")] = None,
+    output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="The folder to train into.")] = None,
+) -> None:
+    """Write a config from five answers, asked at the terminal where no option gives them."""
+    from common.init import Answers, write_config
+
+    def ask(question: str, suggested: str) -> str:
+        return str(typer.prompt(question, default=suggested or None))
+
+    answers = Answers(model, train, validation, four_bits, output_dir)
+    write_config(output, answers, ask if sys.stdin.isatty() else None)
+    print(f"{output} is ready; see your data as the model will: twintune preview --config {output}")
+
+
+@app.command(epilog="Example: twintune schema > configs/config.schema.json")
+def schema() -> None:
+    """Print the config's JSON schema, with which editors complete and check keys."""
+    from common.config_schema import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
 
 
 @app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")

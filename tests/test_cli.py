@@ -566,3 +566,13 @@ def test_an_engine_that_is_not_installed_is_refused_with_what_installs_it(
     assert done.returncode == 3
     assert done.stderr.startswith(f"error: engine {engine}: {engine} is not installed in this environment")
     assert f"pip install 'twintune[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("rep", "report"), ("train --eng", "--engine"), ("train --engine t", "torch")],
+)
+def test_the_shell_completes_verbs_options_and_values(workplace: Workplace, words: str, expected: str):
+    asked = {"COMP_WORDS": f"twintune {words}", "COMP_CWORD": str(len(words.split()))}
+    done = workplace.run(env={"_TWINTUNE_COMPLETE": "complete_bash", **asked})
+    assert done.stdout.split() == [expected]
