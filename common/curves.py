@@ -7,25 +7,30 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-KEEP = 0.8  # of the mean so far for each new value: about the last five count
 
 
-def smoothed(values: Sequence[float | None], keep: float = KEEP) -> list[float | None]:
+def smoothed(values: Sequence[float], keep: float) -> list[float]:
     """Return exponentially weighted means of the values so far, unbiased from the first one on.
 
-    As TensorBoard does it, and Adam its moments (arXiv:1412.6980, section 3). What is None stays None.
+    As TensorBoard does it, and Adam its moments (arXiv:1412.6980, section 3). `keep` is the weight of the mean so far.
     """
     mean, weight, result = 0.0, 0.0, []
     for value in values:
-        if value is not None:
-            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(None if value is None else mean / weight)
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight)
     return result
 
 
 def last(values: Sequence[float | None]) -> float | None:
     """Return the last value that is one."""
     return next((value for value in reversed(values) if value is not None), None)
+
+
+def current(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the newest eighth of the values, ten at most: smooth, and not behind where there are few."""
+    known = [value for value in values if value is not None]
+    newest = known[-max(1, min(10, len(known) // 8)) :]
+    return math.fsum(newest) / len(newest) if newest else None
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

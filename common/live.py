@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.curves import last, smoothed, sparkline
+from common.curves import current, sparkline
 from common.display import say
 from common.progress import Eta, JsonReporter, PlainReporter, Reporter, evaluated
 
@@ -107,7 +107,7 @@ def view(
 
 def figures_line(losses: list[float | None], row: Mapping[str, Any], next_save: str) -> Text:
     """Write the smoothed loss with its sparkline, the other figures of the newest row, and what is due next."""
-    loss = last(smoothed(losses))
+    loss = current(losses)
     parts = [
         f"loss {loss:.4f} {sparkline(losses, SPARK_WIDTH)}" if loss is not None else "",
         f"lr {row['learning_rate']:.2e}" if "learning_rate" in row else "",

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from common.checkpoint import checkpoints
 from common.config import TrainConfig
-from common.curves import last, smoothed, sparkline
+from common.curves import current, last, sparkline
 from common.display import say
 from common.errors import UserError
 from common.live import SPARK_WIDTH, view
@@ -122,7 +122,7 @@ def status_of(seen: Look) -> Status:
         total_steps=seen.total_steps,
         epoch=row.get("epoch"),
         loss=last(losses),
-        smoothed_loss=last(smoothed(losses)),
+        smoothed_loss=current(losses),
         eval_loss=last([each.get("eval_loss") for each in seen.rows]),
         learning_rate=row.get("learning_rate"),
         tokens_per_second=row.get("tokens_per_second"),

@@ -15,6 +15,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 VALIDATOR = Draft202012Validator(config_schema())
 
 
+def in_any_order(value):
+    """Sort the choices of each enum: typing may hand out an equal Literal of another module, in that one's order."""
+    if isinstance(value, dict):
+        return {key: sorted(item, key=str) if key == "enum" else in_any_order(item) for key, item in value.items()}
+    return [in_any_order(item) for item in value] if isinstance(value, list) else value
+
+
 def test_it_is_a_schema_and_knows_every_key_with_its_meaning():
     Draft202012Validator.check_schema(VALIDATOR.schema)
     assert set(VALIDATOR.schema["properties"]) == set(TrainConfig.model_fields)
@@ -23,7 +30,9 @@ def test_it_is_a_schema_and_knows_every_key_with_its_meaning():
 
 def test_the_copy_in_configs_is_up_to_date():
     written = json.loads((CONFIGS / "config.schema.json").read_text())
-    assert written == VALIDATOR.schema, "write it anew: twintune schema > configs/config.schema.json"
+    assert in_any_order(written) == in_any_order(VALIDATOR.schema), (
+        "write it anew: twintune schema > configs/config.schema.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,4 +74,4 @@ def test_it_judges_as_the_program_does(text, valid, tmp_path):
 
 def test_the_command_prints_it(cli, tmp_path):
     done = cli("schema", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout) == VALIDATOR.schema
+    assert done.returncode == 0 and in_any_order(json.loads(done.stdout)) == in_any_order(VALIDATOR.schema)

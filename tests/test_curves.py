@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.curves import last, smoothed, sparkline
+from common.curves import current, last, smoothed, sparkline
 
 
 def test_smoothing_is_the_weighted_mean_of_all_values_so_far():
@@ -12,8 +12,11 @@ def test_smoothing_is_the_weighted_mean_of_all_values_so_far():
     assert smoothed(values.tolist(), keep=0.9) == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
 
 
-def test_smoothing_leaves_out_what_is_missing_and_keeps_its_place():
-    assert smoothed([2.0, None, 2.0]) == [2.0, None, pytest.approx(2.0)]
+def test_the_current_value_is_the_mean_of_the_newest_eighth_and_of_ten_at_most():
+    assert current([]) is None and current([None]) is None
+    assert current([9.0, 3.0, None]) == 3.0
+    assert current([100.0] * 14 + [1.0, 3.0]) == 2.0
+    assert current([100.0] * 1000 + [2.0] * 10) == 2.0
     assert last([1.0, 3.0, None]) == 3.0 and last([None]) is None
 
 

@@ -135,7 +135,7 @@ def _numbers(run: RunData) -> Iterator[tuple[str, str]]:
     if peak is not None:
         yield "peak memory", f"{peak / 1e9:.1f} GB"
     if "seconds" in run.record:
-        yield "time", clock(run.record["seconds"])
+        yield "time with scoring", clock(run.record["seconds"])
 
 
 def _facts(run: RunData) -> Iterator[tuple[str, str]]:
@@ -148,7 +148,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     yield "steps", _steps(run)
     yield "epochs", f"{run.last('epoch') or 0:.2f}"
     if "seconds" in record:
-        yield "time", clock(record["seconds"])
+        yield "time with scoring", clock(record["seconds"])
     yield "training loss, first and last", _first_and_last(run.series("loss")[1])
     steps, losses = run.series("eval_loss")
     if losses:

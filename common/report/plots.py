@@ -120,7 +120,7 @@ def panels(runs: Sequence[RunData]) -> list[Panel]:
 def smooth_of(values: Sequence[float]) -> list[float]:
     """Smooth a line as strongly as it has points: over some thirtieth of it, not at all where there are few."""
     span = max(1.0, len(values) / 30)
-    return [value for value in smoothed(values, keep=1 - 1 / span) if value is not None]
+    return smoothed(values, keep=1 - 1 / span)
 
 
 def spread(wanted: Sequence[float], gap: float, lowest: float) -> list[float]:

@@ -26,8 +26,8 @@ COLUMNS, LINES = 100, 16
 AFTER_STEP = 40
 
 
-def train_on_screen(engine: str, output: Path) -> pyte.Screen:
-    """Train to the end in a terminal; returns its screen as it stood after a step."""
+def train_on_screen(engine: str, output: Path) -> list[Text]:
+    """Train to the end in a terminal; returns the lines of its screen as they stood after a step."""
     master, slave = pty.openpty()
     settings = ["--set", f"output_dir={output}", "--engine", engine]
     command = [sys.executable, "-m", "common.cli", "train", "--config", "configs/quickstart.yaml", *settings]
@@ -74,11 +74,12 @@ def save_svg(lines: list[Text], path: Path) -> None:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
         for line in lines:
             console.print(line, soft_wrap=True)
-        console.save_svg(str(path), title="twintune train")
+        svg = console.export_svg(title="twintune train")
+    path.write_text(re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL), encoding="utf-8")  # from elsewhere
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """Take the top of a page as a desk and, beside it, a phone show it."""
+    """Take the top of a page as a desk shows it."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -94,7 +95,6 @@ def main() -> None:
         output = Path(temporary) / f"quickstart-{engine}"
         save_svg(train_on_screen(engine, output), folder / "progress.svg")
         photograph(write_report([output], None).resolve(), folder / "report.png")
-        shutil.copytree(output, f"/tmp/wt/try/quickstart-{engine}")
 
 
 if __name__ == "__main__":
