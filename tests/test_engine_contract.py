@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import ENGINES, make_batches, open_fresh
+from engines import DEVICE, ENGINES, make_batches, open_fresh
 from safetensors.numpy import load_file
 
 from common.adapter import peft_config, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
-from common.engine import TrainState
+from common.engine import TrainState, open_engine
 from common.initial import initial_weights
 from common.layout import make_micro_batch
 from common.sampling import Sampling
@@ -74,6 +74,13 @@ def test_logits_are_those_of_peft_at_every_position(name: str, llama: Path, tmp_
     write_adapter(tmp_path, state.weights, peft_config(LoraConfig(), engine.target_modules(), str(llama), None))
     token_ids = np.random.default_rng(0).integers(0, 400, (2, 19)).astype(np.int32)
     expected = peft_logits(llama, tmp_path, token_ids)
+    np.testing.assert_allclose(engine.logits(token_ids), expected, atol=ROUNDING * np.abs(expected).max())
+
+
+def test_without_an_adapter_the_logits_are_those_of_the_base(name: str, llama: Path) -> None:
+    engine = open_engine(name, TrainConfig(device=DEVICE, dtype="float32"), llama, None)
+    token_ids = np.random.default_rng(0).integers(0, 400, (2, 19)).astype(np.int32)
+    expected = peft_logits(llama, None, token_ids)
     np.testing.assert_allclose(engine.logits(token_ids), expected, atol=ROUNDING * np.abs(expected).max())
 
 
@@ -272,7 +279,7 @@ def transformers_loss(directory: Path, adapter: Path | None, data) -> float:
     return total
 
 
-def peft_logits(directory: Path, adapter: Path, token_ids: np.ndarray) -> np.ndarray:
+def peft_logits(directory: Path, adapter: Path | None, token_ids: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():

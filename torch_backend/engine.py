@@ -67,6 +67,7 @@ class TorchEngine:
         self._packing = PackedAttention(self._base) if config.packing else None
         if config.gradient_checkpointing:
             checkpoint_layers(self._base)
+        self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
         self._offloading = Offloading(device) if config.activation_offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained

@@ -100,8 +100,7 @@ def has_tied_embeddings(model: PreTrainedModel) -> bool:
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[str]]:
-    """Freeze the model and let PEFT wrap the modules that the config targets; returns it and `target_modules`."""
-    model.requires_grad_(False)
+    """Let PEFT wrap the modules of a frozen model that the config targets; returns it and `target_modules`."""
     linear, saved = list(linear_modules(model)), _saved_modules(model, lora)
     parameters = select_parameters(expert_stacks(model), lora)
     chosen = select_modules(text_modules(model), output_head(model), lora, list(parameters))
