@@ -23,6 +23,7 @@ from common.config import LoraConfig
 from common.engine import Array, Engine
 from common.errors import UserError
 from common.lora import HEAD, saved_key
+from common.tensor_files import TensorSpec, write_safetensors
 
 EMBEDDING_KEY, HEAD_KEY = saved_key("model.embed_tokens"), saved_key(HEAD)
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something out of the base
@@ -62,15 +63,21 @@ def peft_config(
     }
 
 
-def write_adapter(directory: Path, weights: Mapping[str, Array], config: Mapping[str, Any]) -> None:
-    """Write config and weights into a folder that exists.
+def write_adapter(
+    directory: Path, weights: Mapping[str, Array], config: Mapping[str, Any], dtype: str = "float32"
+) -> None:
+    """Write config and weights, rounded to a dtype, into a folder that exists.
 
     PEFT wants embedding and head in the file even where they are one matrix, which training has once.
     """
     if config.get(TIED) and EMBEDDING_KEY in weights:
         weights = {**weights, HEAD_KEY: weights[EMBEDDING_KEY]}
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_tensors(directory / WEIGHTS_NAME, weights)
+    if dtype == "float32":
+        save_tensors(directory / WEIGHTS_NAME, weights)
+    else:
+        specs = [TensorSpec(key, value.shape, dtype) for key, value in weights.items()]
+        write_safetensors(directory / WEIGHTS_NAME, specs, weights.values())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Array]) -> None:

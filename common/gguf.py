@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from common.errors import UserError
 from common.files import new_folder
 from common.gguf_tokenizer import Vocabulary, read_vocabulary, tokenizer_files
+from common.tensor_files import STORED, TensorSpec, encode, safetensors_header
 
 ARCHITECTURES = ("llama",)
 # Settings of the llama architecture that we carry over or that change nothing.
@@ -30,8 +31,6 @@ _KNOWN_SETTINGS = {
     *("rope.scaling.finetuned", "tensor_data_layout"),
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-# dtype: (its name in safetensors, bytes each)
-_STORED = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 # GGUF name: (Hugging Face name, shape)
 NamedShapes = dict[str, tuple[str, tuple[int, ...]]]
 # Elements dequantised at once: 16 MB of float32, little against any model, enough for NumPy's full speed.
@@ -78,8 +77,8 @@ def convert_gguf(source: Path, output: Path, dtype: str = "float16") -> None:
     Raises `UserError` for a source that is damaged or that the folder can't represent, for an `output` that
     already holds files, and for a full disk.
     """
-    if dtype not in _STORED:
-        raise UserError(f"dtype: {dtype!r} is unknown; expected one of {', '.join(_STORED)}; choose one of them")
+    if dtype not in STORED:
+        raise UserError(f"dtype: {dtype!r} is unknown; expected one of {', '.join(STORED)}; choose one of them")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: already exists; expected a new or empty folder; remove it or name another")
     gguf = open_gguf(source)
@@ -89,7 +88,7 @@ def convert_gguf(source: Path, output: Path, dtype: str = "float16") -> None:
     texts = tokenizer_files(vocabulary, config["max_position_embeddings"])
     texts["config.json"] = json.dumps(config, indent=2)
     texts["generation_config.json"] = json.dumps(generation_config(vocabulary), indent=2)
-    num_bytes = sum(math.prod(plan.shape) for plan in plans) * _STORED[dtype][1]
+    num_bytes = sum(math.prod(plan.shape) for plan in plans) * STORED[dtype][1]
     with new_folder(output, num_bytes) as folder:
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
@@ -301,21 +300,6 @@ def _expected_tensors(config: dict[str, Any]) -> NamedShapes:
     return expected
 
 
-def safetensors_header(plans: list[TensorPlan], dtype: str) -> bytes:
-    """Lay the tensors out one after another and encode the head of a safetensors file."""
-    name, size = _STORED[dtype]
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for plan in plans:
-        end = offset + math.prod(plan.shape) * size
-        table[plan.name] = {"dtype": name, "shape": plan.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    # Spaces up to a multiple of 8: readers map the data into memory and want it aligned.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def tensor_blocks(plan: TensorPlan, dtype: str, where: Path) -> Iterator[bytes]:
     """Dequantise a tensor a block of rows at a time and encode it as `dtype`, row-major.
 
@@ -338,26 +322,7 @@ def tensor_blocks(plan: TensorPlan, dtype: str, where: Path) -> Iterator[bytes]:
         raise UserError(f"{where}: tensor {plan.source.name} {error}") from error
 
 
-def encode(values: np.ndarray, dtype: str) -> bytes:
-    """Encode float32 values as little-endian `dtype`, rounding to the nearest and ties to even.
-
-    Raises `OverflowError` for a value that is not finite, or is not once stored.
-    """
-    if not np.isfinite(values).all():
-        raise OverflowError("has values that are not finite; expected weights; download the file again")
-    if dtype == "float32":
-        return values.astype("<f4").tobytes()
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    with np.errstate(over="ignore"):
-        halves = values.astype("<f2")
-    if np.isinf(halves).any():
-        raise OverflowError(f"reaches {np.abs(values).max():g}; float16 ends at 65504; use bfloat16 or float32")
-    return halves.tobytes()
-
-
 def _safetensors(plans: list[TensorPlan], dtype: str, where: Path) -> Iterator[bytes]:
-    yield safetensors_header(plans, dtype)
+    yield safetensors_header([TensorSpec(plan.name, plan.shape, dtype) for plan in plans])
     for plan in plans:
         yield from tensor_blocks(plan, dtype, where)

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import gguf as gguf_module
 from common.errors import UserError
-from common.gguf import TensorPlan, convert_gguf, encode, tensor_blocks
+from common.gguf import TensorPlan, convert_gguf, tensor_blocks
+from common.tensor_files import encode
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
