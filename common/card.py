@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from common.best import Best
 from common.config import TrainConfig
 from common.engine import Engine
 from common.metrics import read_metrics
+from common.run import RunFolder
 from common.trainer import Progress
 
 CARD = """---
@@ -25,6 +25,7 @@ Trained by twintune with the {engine} engine on {device} ({versions}).
 | | |
 | --- | --- |
 | data | {data} |
+| fingerprints | data `{data_fingerprint}`, base `{base_fingerprint}` |
 | begun from | {start} |
 | steps, epochs | {steps}, {epochs:.2f} |
 | weights | {weights} |
@@ -48,9 +49,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 
-def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics: Path, best: Best | None = None) -> str:
-    """Write the model card of a run from its config, how far it came, its metrics, and the best step if shipped."""
-    rows = read_metrics(metrics)
+def model_card(config: TrainConfig, engine: Engine, progress: Progress, folder: RunFolder, best: Best | None) -> str:
+    """Write the model card of a run from its config, how far it came, its folder, and the best step if shipped."""
+    rows = read_metrics(folder.path / "metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return CARD.format(
@@ -60,6 +61,8 @@ def model_card(config: TrainConfig, engine: Engine, progress: Progress, metrics:
         device=engine.device,
         versions=", ".join(f"{library} {version}" for library, version in engine.versions.items()),
         data=", ".join(f"`{path}`" for path in config.data.train),
+        data_fingerprint=folder.identity.data,
+        base_fingerprint=folder.identity.base,
         start=f"the adapter `{config.adapter_name_or_path}`" if config.adapter_name_or_path else f"seed {config.seed}",
         steps=progress.step,
         epochs=progress.epoch,

@@ -48,7 +48,7 @@ class Ending:
         Raises UserError where the disk has no room for it, or had none for the last checkpoint.
         """
         best = self._load_best()
-        card = model_card(self._config, self._engine, self._trainer.progress, self._folder.path / "metrics.jsonl", best)
+        card = model_card(self._config, self._engine, self._trainer.progress, self._folder, best)
         try:
             self._folder.write_final(self._engine.read_state(), card)
         except DiskError as error:

@@ -63,7 +63,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig, identity: Identity, files: AdapterFiles, total_steps: int) -> None:
         self.path = Path(config.output_dir)
         self._config = config
-        self._identity = identity
+        self.identity = identity
         self._files = files
         self._total_steps = total_steps
 
@@ -121,9 +121,9 @@ class RunFolder:
             update_count=state.update_count,
             total_steps=self._total_steps,
             config=self._config.to_dict(),
-            data_fingerprint=self._identity.data,
-            base_fingerprint=self._identity.base,
-            adapter_fingerprint=self._identity.adapter,
+            data_fingerprint=self.identity.data,
+            base_fingerprint=self.identity.base,
+            adapter_fingerprint=self.identity.adapter,
             engine=engine.name,
             versions=engine.versions,
         )
@@ -182,11 +182,11 @@ class RunFolder:
 
     def _changes(self, trainer: TrainerState, checkpoint: Path) -> list[str]:
         changes = changed_keys(trainer.config, self._config.to_dict())
-        if trainer.data_fingerprint != self._identity.data:
+        if trainer.data_fingerprint != self.identity.data:
             changes.append("data.train: its tokens are not those the checkpoint was trained on (data or tokenizer)")
-        if trainer.base_fingerprint != self._identity.base:
+        if trainer.base_fingerprint != self.identity.base:
             changes.append("model_name_or_path: the weights of the base are not those the checkpoint was trained on")
-        if trainer.adapter_fingerprint != self._identity.adapter:
+        if trainer.adapter_fingerprint != self.identity.adapter:
             began = trainer.config.get("adapter_name_or_path") or "a fresh adapter"
             changes.append(f"adapter_name_or_path: its weights are not those the run began from, of {began}")
         changes += [f"tokenizer: {name} is not that of the checkpoint" for name in self._other_files(checkpoint)]
