@@ -276,6 +276,44 @@ def convert(
     print(f"{output} is ready")
 
 
+@app.command(epilog="Example: twintune export --adapter outputs/quickstart-mlx/final --to gguf --output exports/gguf")
+def export(
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The PEFT adapter folder to export.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    to: Annotated[
+        Literal["peft", "mlx", "gguf", "merged", "merged-gguf"] | None,
+        typer.Option(help="What to write; else what suits --for.", show_default=False),
+    ] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option("--for", metavar="READER", help="The program that will load it: vllm, sglang, ollama, ..."),
+    ] = None,
+    model: ModelOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "q8_0"] | None,
+        typer.Option(help="Of what is stored; q8_0 for merged-gguf.", show_default=False),
+    ] = None,
+    fold_rslora: Annotated[bool, typer.Option(help="Write rsLoRA's factor as a plain alpha.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Make a repository that is new a private one.")] = False,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter for another program, and prove by its logits that nothing was lost."""
+    from rich.console import Console
+
+    from common.export.export import Request
+    from common.export.export import export as run_export
+
+    request = Request(adapter, output, to, reader, model, engine, device, dtype, fold_rslora, push_to_hub, private)
+    result = run_export(request, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(result))
+
+
 def main() -> None:
     """Run the command line; what a user can cause ends in one message and an exit code, without a traceback."""
     try:

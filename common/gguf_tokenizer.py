@@ -167,7 +167,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         if not {line[:cut], line[cut + 1 :], line[:cut] + line[cut + 1 :]} <= ids.keys():
             raise _damaged(vocabulary.where, f"the merge {line!r} of texts that are not all tokens")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in _LLAMA3))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         # No GGUF says so and llama.cpp doesn't do it, but Qwen's models were trained on composed characters.
@@ -175,7 +175,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer_of(pre: str) -> pre_tokenizers.PreTokenizer:
+    """Build the rule that llama.cpp calls `pre`, one of PRE_TOKENIZERS."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre == "gpt-2":
         return gpt2

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
+FILES = sorted(path.relative_to(ROOT / "common") for path in (ROOT / "common").rglob("*.py"))
+MODULES = [".".join(path.with_suffix("").parts) for path in FILES if path.stem != "__init__"]
 ENGINES = {
     *("mlx", "mlx_lm", "torch", "peft", "bitsandbytes", "transformers", "accelerate"),
     *("mlx_backend", "torch_backend"),
 }
-VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor", "status", "report")
+VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "export", "doctor", "status", "report")
 
 
 def loaded_after(code: str) -> set[str]:

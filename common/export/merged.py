@@ -1,0 +1,67 @@
+"""A merged model as a Hugging Face folder: shards, index, config, tokenizer; transformers and mlx-lm both load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.export.merge import MergedModel
+from common.export.source import Source
+from common.tensor_files import TensorSpec, write_safetensors
+from common.weights import rope_in_both_forms
+
+SHARD_BYTES = 5_000_000_000
+COPIED = ("generation_config.json",)
+PACKED_KEYS = ("quantization_config", "quantization")
+
+
+def write_merged(folder: Path, model: MergedModel, source: Source, dtype: str | None) -> list[TensorSpec]:
+    """Write the merged model; returns what was written. Raises OverflowError where a weight doesn't fit its dtype."""
+    specs = model.specs(dtype)
+    shards = list(_shards(specs, SHARD_BYTES))
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
+            "weight_map": {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, model.values(shard))
+    config = merged_config(source.model_config(), model, specs)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    source.copy_tokenizer(folder)
+    for name in COPIED:
+        if (source.base / name).is_file():
+            shutil.copyfile(source.base / name, folder / name)
+    return specs
+
+
+def merged_config(config: dict[str, Any], model: MergedModel, specs: list[TensorSpec]) -> dict[str, Any]:
+    """Return the base's config.json for the merged weights: unpacked, RoPE in both forms, the dtype they have."""
+    merged = {key: value for key, value in config.items() if key not in PACKED_KEYS} | rope_in_both_forms(config)
+    stored = [spec.dtype for spec in specs]
+    dtype = max(set(stored), key=stored.count)
+    merged |= {"dtype": dtype, "torch_dtype": dtype}
+    rows = next((spec.shape[0] for spec in specs if spec.name.endswith("embed_tokens.weight")), None)
+    if rows and "vocab_size" in merged:
+        merged["vocab_size"] = rows
+    if model.unties:
+        merged["tie_word_embeddings"] = False
+    return merged
+
+
+def _shards(specs: list[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
+    """Deal tensors to files of at most `limit` bytes, a larger tensor to one of its own."""
+    shard: list[TensorSpec] = []
+    for spec in specs:
+        if shard and sum(each.num_bytes for each in shard) + spec.num_bytes > limit:
+            yield shard
+            shard = []
+        shard.append(spec)
+    yield shard

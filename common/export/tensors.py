@@ -1,0 +1,62 @@
+"""The tensors of safetensors files, read one at a time: a model of any size takes the memory of its largest tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.engine import Array
+from common.weights import read_header, weight_files
+
+# safetensors' name of a float: (NumPy's type of the bytes, our name)
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Tensors(Mapping[str, dict[str, Any]]):
+    """Know the headers of safetensors files, by tensor name, and read values when asked."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Read the headers; raises UserError for a damaged file."""
+        self._entries = {name: entry | {"path": path} for path in paths for name, entry in read_header(path).items()}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+        return tuple(self._entries[name]["shape"])
+
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is stored as the numbers it means, and not packed."""
+        return self._entries[name]["dtype"] in FLOATS
+
+    def dtype(self, name: str) -> str:
+        """Give our name of a float tensor's dtype."""
+        return DTYPES[self._entries[name]["dtype"]]
+
+    def read(self, name: str) -> Array:
+        """Read a float tensor as float32."""
+        entry = self._entries[name]
+        start, end = entry["data_offsets"]
+        with entry["path"].open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(header + start)
+            raw = np.frombuffer(file.read(end - start), FLOATS[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # which NumPy lacks: the upper half of a float32
+            raw = (raw.astype("<u4") << 16).view("<f4")
+        return raw.astype(np.float32).reshape(entry["shape"])
+
+
+def model_tensors(directory: Path) -> Tensors:
+    """Open the weights of a model folder."""
+    return Tensors(weight_files(directory))
