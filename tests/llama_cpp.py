@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 TOKENS = list(range(3, 53))
+TEXT = 23  # the tiny tokenizer's "1"
 # float32 throughout; llama.cpp sums in other blocks, and takes RoPE's sines in float32.
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
@@ -24,7 +25,8 @@ def log_probabilities(model: Path, adapter: Path | None = None) -> np.ndarray:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = str(adapter), 1.0
         params.lora_adapters = [lora]
-    request = {"prompt": TOKENS, "n_predict": 1, "n_probs": 10**6, "temperature": 0.0, "ignore_eos": True}
+    # Probabilities are those of the model; the bias chooses a token of some text, as none are told of an empty one.
+    request = {"prompt": TOKENS, "n_predict": 1, "n_probs": 10**6, "temperature": 0.0, "logit_bias": [[TEXT, 1000.0]]}
     answer = xllamacpp.Server(params).handle_completions(request)
     (position,) = answer["choices"][0]["logprobs"]["content"]
     found = {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}

@@ -28,6 +28,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     directory = write_family(tmp_path_factory.mktemp("gguf") / request.param, request.param)
     if request.param == "mistral":  # within its window alone does llama.cpp compute the same: see the test of that
         change_config(directory, sliding_window=128)
+    if request.param.startswith("gemma"):  # anything else is refused: see the test of that
+        change_config(directory, query_pre_attn_scalar=16)
     return directory
 
 
@@ -115,6 +117,12 @@ def test_what_a_gguf_adapter_cannot_hold_is_refused(tmp_path: Path, settings: di
 def test_an_architecture_that_was_not_tried_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"model_type granite.*--to merged"):
         gguf_names({"model_type": "granite"})
+
+
+def test_a_scale_that_llama_cpp_does_not_compute_is_refused(tmp_path: Path):
+    config = read_model_config(write_family(tmp_path / "model", "gemma2"))
+    with pytest.raises(UserError, match=r"query_pre_attn_scalar is 24, llama.cpp takes the size of a head"):
+        model_metadata(gguf_names(config), "a", "float16")
 
 
 def test_a_setting_that_llama_cpp_does_not_compute_is_refused(tmp_path: Path, model: Path):

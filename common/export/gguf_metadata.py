@@ -94,7 +94,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
         found = "it has a partial rotary embedding, which llama.cpp doesn't compute for it"
     if found:
         raise UserError(
-            f"a GGUF of this {config['model_type']} would compute something else: it has {found}; --to merged"
+            f"a GGUF of this {config['model_type']} would compute something else: {found}; write --to merged"
         )
 
 
