@@ -201,3 +201,19 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, model: Path):
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_an_adapter_of_experts_is_left_to_peft(tmp_path: Path):
+    from engines import open_fresh
+    from test_lora_family import moved, save
+    from tiny_models import write_family
+
+    from common.config import LoraConfig
+
+    base = write_family(tmp_path / "model", "qwen3_moe")
+    lora = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    engine = open_fresh("torch", base, lora)
+    (tmp_path / "adapter").mkdir()
+    save(tmp_path / "adapter", engine, moved(engine).weights, lora, base)
+    with pytest.raises(UserError, match="adapts stacks of experts .* which PEFT alone loads"):
+        run_export(tmp_path / "adapter", tmp_path / "out", "merged")

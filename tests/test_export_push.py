@@ -101,7 +101,7 @@ def test_what_was_written_arrives(hub: FakeHub, push: Callable, tmp_path: Path):
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert (hub.created["organization"], hub.created["name"], hub.created["visibility"]) == ("acme", "tuned", "private")
     card = hub.files["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: peft\n") and "largest difference of logits" in card
+    assert card.startswith("---\nlibrary_name: peft\n") and "differ from the adapter's by at most" in card
     assert "base_model:" not in card.split("---")[1], "the Hub refuses a card that names a folder"
 
 

@@ -94,7 +94,13 @@ def export(request: Request, console: Console) -> dict[str, Any]:
 def open_source(request: Request) -> Source:
     """Read the adapter and find its base; raises UserError where either is not there or not whole."""
     tensors, settings = read_adapter(request.adapter)
-    adapter = from_tensors(without_base_copies(tensors), lora_of(settings, request.adapter))
+    lora = lora_of(settings, request.adapter)
+    if lora.target_parameters:
+        raise UserError(
+            f"{request.adapter}: adapts stacks of experts (target_parameters), which PEFT alone loads; it can read the "
+            "folder as it stands, and no other format has a place for them"
+        )
+    adapter = from_tensors(without_base_copies(tensors), lora)
     base = request.model or settings.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{request.adapter}: names no base; name its folder or Hub name with --model")

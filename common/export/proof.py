@@ -57,9 +57,9 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"largest difference of logits {self.difference:.2g}, of logits up to {self.largest:.3g} that the adapter "
-            f"moves by up to {self.effect:.3g}; {self.share:.2%} of that on average; "
-            f"tolerance {self.tolerance:.2g}: {self.reason}"
+            f"read back, its logits (up to {self.largest:.3g}) differ from the adapter's by at most "
+            f"{self.difference:.2g}, where the adapter moves them by up to {self.effect:.3g}; allowed: "
+            f"{self.tolerance:.2g}, {self.reason}"
         )
 
     def figures(self) -> dict[str, float | str]:

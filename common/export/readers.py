@@ -1,6 +1,7 @@
 """What the programs that load adapters can't load, with the source of each limit: the one table `--for` goes by.
 
-A limit is here because the program's own code or manual says so; `source` names the place, read in November 2026.
+A limit is here because the program's own code or manual says so; `source` names the place. Read there in November 2026:
+vLLM, SGLang, TGI, LoRAX, mlx-lm, Ollama's manual; what llama.cpp loads is tested here; the others call PEFT.
 Programs move: where one has learnt more, a file made for it still loads, because every adaptation is exact.
 """
 
