@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from common.config_checks import (
+    also_false,
     as_layers,
     as_modules,
     as_overrides,
@@ -200,7 +201,7 @@ class QuantizationConfig(LayerFormat):
     """Dtype of the run with `load_in_4bit`; the same as `dtype`, under bitsandbytes' name."""
 
     overrides: Annotated[dict[Name, LayerFormat | None], BeforeValidator(as_overrides)] = Field(
-        default={}, examples=[{"lm_head": {"bits": 8}}]
+        default={}, examples=[{"lm_head": {"bits": 8}}], json_schema_extra=also_false
     )
     """MLX's own formats, for some modules: by a path or a part of it at dots; false leaves those as they are."""
 

@@ -83,6 +83,11 @@ def as_overrides(value: Any) -> Any:
     return {key: own or None for key, own in value.items()}
 
 
+def also_false(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema of a field of modules that false is as good as null."""
+    schema["additionalProperties"]["anyOf"].append({"const": False})
+
+
 def as_modules(value: Any) -> str | tuple[str, ...]:
     """Check a regular expression, or turn a list of module names into a tuple."""
     if not isinstance(value, str):
