@@ -67,7 +67,7 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
             from torch_backend.four_bit import settle  # bitsandbytes is not there on macOS
 
             settle(model, quantization.use_double_quant, DTYPES[dtype])
-    return model.requires_grad_(False)  # what is trained comes on top
+    return model
 
 
 def _read(
