@@ -93,6 +93,9 @@ def evaluate(
     ] = None,
     engine: EngineOption = None,
     device: DeviceOption = None,
+    full_precision: Annotated[
+        bool, typer.Option(help="Measure a base that the config quantises without that, too; it must fit in memory.")
+    ] = True,
     as_json: JsonOption = False,
     overrides: SetOption = None,
 ) -> None:
@@ -103,7 +106,7 @@ def evaluate(
 
     settings = _load(config, engine, device, overrides)
     console = Console(stderr=as_json)
-    scores = launch.evaluate_adapter(settings, adapter, [str(path) for path in data or []], console)
+    scores = launch.evaluate_adapter(settings, adapter, [str(path) for path in data or []], console, full_precision)
     if as_json:
         print(json.dumps(scores))
 

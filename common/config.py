@@ -17,14 +17,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from common.config_checks import (
+    also_false,
     as_layers,
     as_modules,
+    as_overrides,
     as_reporters,
     as_sources,
     as_texts,
     check_columns,
     check_patterns,
     check_split,
+    complete_format,
     conflicts,
     differences_for_resume,
     known_best_metric,
@@ -166,14 +169,27 @@ class LoraConfig(_Group):
     """What the model does."""
 
 
-class QuantizationConfig(_Group):
-    """Hold the frozen base weights in fewer bits: bitsandbytes' 4 and 8 bits, or MLX's affine groups."""
+class LayerFormat(_Group):
+    """Say how MLX packs weights: `mode` decides which `bits` and `group_size` there are."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    """Bits a weight: any of these in the affine mode, 4 in mxfp4 and nvfp4, 8 in mxfp8; null for the mode's own."""
+
+    group_size: Literal[16, 32, 64, 128] | None = None
+    """Weights that share a scale: 32, 64 or 128 in the affine mode, else the mode's own; null for its default."""
+
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] | None = None
+    """How MLX rounds: affine (a scale and an offset a group), or small floats with a scale a group."""
+
+
+class QuantizationConfig(LayerFormat):
+    """Hold the frozen base weights in fewer bits: bitsandbytes' 4 and 8 bits, or MLX's own formats."""
 
     load_in_4bit: bool = False
-    """Quantise the base to 4 bits of `quant_type` (QLoRA, arXiv:2305.14314)."""
+    """Quantise the base to 4 bits of `quant_type` (QLoRA, arXiv:2305.14314), the same weights on both engines."""
 
     load_in_8bit: bool = False
-    """Quantise the base to 8 bits (LLM.int8)."""
+    """Quantise the base to 8 bits (LLM.int8); torch only."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """Code book of `load_in_4bit`."""
@@ -184,11 +200,29 @@ class QuantizationConfig(_Group):
     compute_dtype: Dtype | None = None
     """Dtype of the run with `load_in_4bit`; the same as `dtype`, under bitsandbytes' name."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
-    """Quantise the base to MLX's affine format of this many bits."""
+    overrides: Annotated[dict[Name, LayerFormat | None], BeforeValidator(as_overrides)] = Field(
+        default={}, examples=[{"lm_head": {"bits": 8}}], json_schema_extra=also_false
+    )
+    """MLX's own formats, for some modules: by a path or a part of it at dots; false leaves those as they are."""
 
-    group_size: Literal[32, 64, 128] | None = None
-    """Weights that share a scale in the affine format; null for MLX's 64."""
+    @property
+    def way(self) -> str | None:
+        """Name the key that asks for a quantised base; None where none does."""
+        ways = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
+        ways |= {"bits": self.bits is not None, "mode": self.mode is not None}
+        return next((f"quantization.{key}" for key, asked in ways.items() if asked), None)
+
+    @property
+    def mlx_format(self) -> dict[str, Any] | None:
+        """Give `group_size`, `bits` and `mode` as MLX's quantize takes them; None where the base is not to be so."""
+        return None if self.bits is None and self.mode is None else complete_format(self)
+
+    def mlx_format_of(self, path: str, by_default: bool) -> dict[str, Any] | None:
+        """Give the same for the module at a path: the first override that names it, else this if `by_default`."""
+        for key, own in self.overrides.items():
+            if f".{key}." in f".{path}.":
+                return complete_format(own, self) if own else None
+        return self.mlx_format if by_default else None
 
 
 class EvaluationConfig(_Group):

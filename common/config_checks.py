@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from common.config_errors import Conflict
+from common.config_errors import Conflict, found_text
 
 if TYPE_CHECKING:
-    from common.config import TrainConfig
+    from common.config import LayerFormat, TrainConfig
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -64,6 +64,28 @@ def as_reporters(value: Any) -> tuple[str, ...]:
 def as_layers(value: Any) -> Any:
     """Turn one layer number or a list of them into a tuple; pydantic checks the numbers."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def as_overrides(value: Any) -> Any:
+    """Turn false, a module's way to be left as it is, into null; pydantic checks the formats."""
+    if not isinstance(value, dict) or not all(isinstance(own, dict) or not own for own in value.values()):
+        raise ValueError("expected modules with a format or false, e.g. {lm_head: {bits: 8}, embed_tokens: false}")
+    known: dict[str, list[Any]] = {
+        "mode": [*MLX_MODES],
+        "group_size": sorted({group for groups, _ in MLX_MODES.values() for group in groups}),
+        "bits": sorted({number for _, bits in MLX_MODES.values() for number in bits}),
+    }
+    for module, own in value.items():
+        for name, found in (own or {}).items():
+            if found is not None and found not in known.get(name, [found]):
+                allowed = ", ".join(map(str, known[name]))
+                raise ValueError(f"expected in {module} as {name}, where there is {found_text(found)}: {allowed}")
+    return {key: own or None for key, own in value.items()}
+
+
+def also_false(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema of a field of modules that false is as good as null."""
+    schema["additionalProperties"]["anyOf"].append({"const": False})
 
 
 def as_modules(value: Any) -> str | tuple[str, ...]:
@@ -234,15 +256,52 @@ def _quantization_conflicts(config: TrainConfig) -> Iterator[Conflict]:
         "quantization.load_in_4bit": group.load_in_4bit,
         "quantization.load_in_8bit": group.load_in_8bit,
         "quantization.bits": group.bits is not None,
+        "quantization.mode": group.mode is not None and group.bits is None,
     }
     chosen = tuple(key for key, is_set in ways.items() if is_set)
     if len(chosen) > 1:
         yield Conflict(chosen, f"{' and '.join(chosen)} are different ways to quantise the base; keep one")
-    if group.group_size and not group.bits:
-        yield Conflict(
-            ("quantization.group_size", "quantization.bits"),
-            f"found {group.group_size} without quantization.bits; write bits: 4 too, or delete group_size",
-        )
+    for name, value in (("group_size", group.group_size), ("overrides", group.overrides)):
+        if value and not group.mlx_format:
+            yield Conflict(
+                (f"quantization.{name}", "quantization.bits"),
+                f"found {found_text(value)} without quantization.bits; write bits: 4 too, or delete {name}",
+            )
+    yield from _format_conflicts("quantization", group, None)
+    for key, own in group.overrides.items():
+        if own:
+            yield from _format_conflicts(f"quantization.overrides.{key}", own, group)
+
+
+def _format_conflicts(where: str, own: LayerFormat, above: LayerFormat | None) -> Iterator[Conflict]:
+    """Refuse bits and group sizes that a mode lacks."""
+    found = complete_format(own, above)
+    mode, groups, bits = found["mode"], *MLX_MODES[found["mode"]]
+    for name, allowed in (("group_size", groups), ("bits", bits)):
+        if found[name] not in allowed:
+            listed = " or ".join(map(str, allowed))
+            yield Conflict((f"{where}.{name}",), f"found {found[name]} with mode: {mode}, which has {listed}")
+
+
+def complete_format(own: LayerFormat, above: LayerFormat | None = None) -> dict[str, Any]:
+    """Return MLX's `group_size`, `bits` and `mode`: as written, else as above it in the same mode, else MLX's own."""
+    mode = own.mode or (above and above.mode) or "affine"
+    inherited = above if above and (above.mode or "affine") == mode else own
+    groups, bits = MLX_MODES[mode]
+    return {
+        "group_size": own.group_size or inherited.group_size or (64 if 64 in groups else groups[0]),
+        "bits": own.bits or inherited.bits or (4 if 4 in bits else bits[0]),
+        "mode": mode,
+    }
+
+
+# Group sizes and bits of each mode of MLX's quantize.
+MLX_MODES = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 
 
 def _best_conflicts(config: TrainConfig) -> Iterator[Conflict]:

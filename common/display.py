@@ -43,7 +43,7 @@ def scores(columns: Mapping[str, Mapping[str, float]], console: Console) -> None
     table = Table(title="Scores on held-out examples")
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right")
     for metric in next(iter(columns.values())):
         table.add_row(metric, *(figure(metric, column[metric]) for column in columns.values()))
     console.print(table)

@@ -50,6 +50,13 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: $TWINTUNE_CACHE, else `twintune` in $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("TWINTUNE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(named or f"{base}/twintune").expanduser()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one rename; raises DiskError when the disk is full or can't be written."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

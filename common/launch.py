@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from common.adapter import check_adapter, fitted_weights, lora_of, peft_config, 
 from common.awake import kept_awake
 from common.batches import BatchPlan
 from common.checkpoint import AdapterFiles
-from common.config import TrainConfig, require_trainable
+from common.config import QuantizationConfig, TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset
 from common.display import say
@@ -37,6 +38,7 @@ from common.live import make_reporter
 from common.lora import as_stored
 from common.metrics import MetricsLog
 from common.progress import LoggedReporter, Reporter, clock, print_event
+from common.quantized import stored_format
 from common.record import RunRecord
 from common.run import Identity, RunFolder, Start, alone_in, refuse_other_run
 from common.saving import next_save_text
@@ -45,7 +47,7 @@ from common.start import StartAdapter, begin_from, is_plain_adapter, read_start
 from common.trackers import TrackedRun, Tracker, import_trackers
 from common.tracking import TrackedReporter
 from common.trainer import Trainer
-from common.weights import fingerprint
+from common.weights import fingerprint, read_model_config
 
 # A LoRA step is forward and the backward of activations, twice a forward alone, and a little of its own.
 STEP_PER_FORWARD = 2.4
@@ -133,9 +135,12 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
 
 
 def evaluate_adapter(
-    config: TrainConfig, adapter: Path | None, data: Sequence[str], console: Console
+    config: TrainConfig, adapter: Path | None, data: Sequence[str], console: Console, full_precision: bool = True
 ) -> Mapping[str, Mapping[str, float]]:
-    """Score the base and, where there is one, an adapter on a file; returns {"base": scores, "adapter": scores}."""
+    """Score the base and, where there is one, an adapter on a file; returns {"base": scores, "adapter": scores}.
+
+    Where the config quantises the base, "full_precision" comes before them, the base as it is, unless left out.
+    """
     paths = data or config.data.test or config.data.validation
     base = config.model_name_or_path
     if not base or not paths:
@@ -148,14 +153,30 @@ def evaluate_adapter(
     model_dir = resolve_model(base, config.revision)
     tokenizer = ChatTokenizer(model_dir)
     test = read_test(paths, config, tokenizer, console)
+    rounds = config.quantization.way and stored_format(read_model_config(model_dir)) is None
+    full = _full_precision(name, config, model_dir, test, tokenizer, console) if rounds and full_precision else {}
     engine = _open(name, config, model_dir, console)
     if adapter is None:
         engine.load_state(_untrained(engine, config))
-        result = _evaluate("base", engine, config, test, tokenizer, console)
-        display.scores({"base": result.scores}, console)
-        return {"base": result.scores}
+        scores = full | {"base": _evaluate("base", engine, config, test, tokenizer, console).scores}
+        display.scores(scores, console)
+        return scores
     engine.load_state(TrainState.fresh(fitted_weights(weights, engine, adapter)))
-    return _compare(engine, config, test, tokenizer, console).scores
+    return _compare(engine, config, test, tokenizer, console, full).scores
+
+
+def _full_precision(
+    name: str, config: TrainConfig, model_dir: Path, test: TestSet, tokenizer: ChatTokenizer, console: Console
+) -> dict[str, dict[str, float | int]]:
+    """Score the base without its quantisation, and without what only shows its answers; let it go again."""
+    say(console, f"Loading {model_dir} in full precision, to compare with (--no-full-precision leaves it out) ...")
+    plain = config.model_copy(update={"quantization": QuantizationConfig(), "dtype": config.compute_dtype})
+    scored = TestSet(test.data, test.questions if config.evaluation.metrics else [])
+    engine = open_engine(name, plain, model_dir, None)
+    try:
+        return {"full_precision": _evaluate("base in full precision", engine, plain, scored, tokenizer, console).scores}
+    finally:
+        engine.close()
 
 
 def _train(
@@ -269,14 +290,15 @@ def _compare(
     test: TestSet,
     tokenizer: ChatTokenizer,
     console: Console,
+    full: Mapping[str, dict[str, float | int]] = MappingProxyType({}),
 ) -> Comparison:
-    """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both."""
+    """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both beside `full`."""
     tuned = _evaluate("adapter", engine, config, test, tokenizer, console)
     engine.load_state(_untrained(engine, config))
     before = _evaluate("base", engine, config, test, tokenizer, console)
     asked = test.questions[: config.evaluation.samples]
     display.answers(asked, before.answers, tuned.answers, console)
-    scores = {"base": before.scores, "adapter": tuned.scores}
+    scores = {**full, "base": before.scores, "adapter": tuned.scores}
     display.scores(scores, console)
     return compare_answers(scores, asked, before.answers, tuned.answers)
 

@@ -61,11 +61,6 @@ class MLXEngine:
 
     def __init__(self, config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> None:
         """Load the base lazily, inject the adapter, and read the weights to the device."""
-        if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
-            raise UserError(
-                "quantization: load_in_4bit and load_in_8bit are bitsandbytes' formats, which the MLX engine "
-                "can't read yet; write quantization: {bits: 4, group_size: 64} for MLX's own, or use --engine torch"
-            )
         if config.torch_compile:
             raise UserError("torch_compile: true: the MLX engine compiles by itself; delete it, or use --engine torch")
         if config.activation_offloading:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from common.config import LoraConfig
 from common.errors import UserError
 from common.lora import lora_a_key, lora_b_key, magnitude_key, module_rank, module_scaling, saved_key
+from mlx_backend.frozen import FourBitLinear
 
 
 class LoRALinear(nn.Module):
@@ -121,7 +122,8 @@ def set_dropout_keys(module: nn.Module, keys: Sequence[mx.array | None]) -> None
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear modules of a model, quantised ones too, by path in model order."""
-    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+    kinds = nn.Linear | nn.QuantizedLinear | FourBitLinear
+    return {path: module for path, module in reversed(model.named_modules()) if isinstance(module, kinds)}
 
 
 def inject(
@@ -139,7 +141,8 @@ def inject(
     whole = {name: module_at(model, path) for name, path in saved.items()}
     for name, module in whole.items():
         if len(module.parameters()) > 1:
-            what = "has a bias, which can't be" if "scales" not in module else "is quantised, and can't be"
+            packed = {"scales", "absmax"} & module.keys()
+            what = "is quantised, and can't be" if packed else "has a bias, which can't be"
             raise UserError(f"lora.modules_to_save: {name} {what} trained whole; target it with lora.target_modules")
         module.unfreeze(recurse=False)
     kind = DoRALinear if lora.use_dora else LoRALinear
@@ -154,6 +157,8 @@ def inject(
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:
     """Return (out, in) of a linear module, unpacking what quantisation packed into 32-bit words."""
+    if isinstance(linear, FourBitLinear):
+        return linear.shape
     out_features, columns = linear.weight.shape
     return out_features, columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
 
@@ -161,6 +166,8 @@ def logical_shape(linear: nn.Module) -> tuple[int, int]:
 def dense_weight(module: nn.Module) -> mx.array:
     """Return the weight (out, in) under a module, without its adapter, dequantised where it is packed."""
     base = module.linear if isinstance(module, LoRALinear) else module
+    if isinstance(base, FourBitLinear):
+        return base.dense()
     if not isinstance(base, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return base.weight
     return mx.dequantize(base.weight, base.scales, base.get("biases"), base.group_size, base.bits, base.mode)

@@ -16,11 +16,16 @@ from mlx_lm.utils import load_model
 
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
+from common.quantized import check_quantization, stored_format
 from common.weights import read_model_config
 from mlx_backend.amend import amend
 from mlx_backend.dialect import translated
+from mlx_backend.frozen import FourBitLinear
 from mlx_backend.lora import LoRALinear
-from mlx_backend.names import followed_classes
+from mlx_backend.names import routers
+from mlx_backend.products import choose_products
+from mlx_backend.quantize import quantize_layers, set_dtype
+from mlx_backend.stored import classes_for_packed
 from mlx_backend.tree import specialise
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -48,20 +53,23 @@ def choose_device(device: str) -> mx.Device:
 def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> nn.Module:
     """Load a model folder lazily in a dtype, quantising its linear layers where the config says so.
 
-    Raises UserError for an architecture that mlx-lm lacks or weights that don't fit it.
+    Raises UserError for an architecture that mlx-lm lacks, weights that don't fit it, or a format it can't have.
     """
     config = read_model_config(directory)
+    check_quantization(directory, config, quantization, "mlx")
+    classes = classes_for_packed(DTYPES[dtype])
     try:
-        model, _ = load_model(directory, lazy=True, model_config=translated(config), get_model_classes=followed_classes)
+        model, _ = load_model(directory, lazy=True, model_config=translated(config), get_model_classes=classes)
     except (ValueError, KeyError, TypeError, AttributeError, SystemExit) as error:  # OLMo 1 exits without its package
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(
             f"{directory}: the MLX engine can't load this model (model_type {config['model_type']}): {reason}"
         ) from None
-    model.set_dtype(DTYPES[dtype])
+    set_dtype(model, DTYPES[dtype])
     amend(model, config, DTYPES[dtype])
-    if quantization.bits:
-        nn.quantize(model, quantization.group_size, quantization.bits, class_predicate=_is_layer_linear)
+    if quantization.way and stored_format(config) is None:
+        quantize_layers(model, quantization, {output_head(model)[0], *routers(model)})
+    choose_products(model, DTYPES[dtype])
     return model
 
 
@@ -93,7 +101,7 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Find the module that makes logits: a linear `lm_head` if there is one, else the token embedding."""
     modules = dict(model.named_modules())
     for last_name, kinds in (
-        ("lm_head", nn.Linear | nn.QuantizedLinear | LoRALinear),
+        ("lm_head", nn.Linear | nn.QuantizedLinear | FourBitLinear | LoRALinear),
         ("embed_tokens", nn.Embedding | nn.QuantizedEmbedding),
         ("wte", nn.Embedding | nn.QuantizedEmbedding),
     ):
@@ -101,7 +109,3 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module]:
             if path.rsplit(".", 1)[-1] == last_name and isinstance(module, kinds):
                 return path, module
     raise UserError("the MLX engine finds no output head (lm_head or a tied embed_tokens) in this architecture")
-
-
-def _is_layer_linear(path: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and path.rsplit(".", 1)[-1] != "lm_head"

@@ -4,6 +4,7 @@ A wrong turn ends in one message on stderr, an exit code, no traceback, and a di
 process of its own, as a person starts it; runs that several tests look at are made once a session.
 """
 
+import io
 import json
 import os
 import shutil
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_models import write_llama
 
 from common.adapter import read_adapter
 from common.checkpoint import checkpoints, damage
+from common.config import load_config
 from common.errors import UserError
 from common.hub import resolve_model
+from common.launch import evaluate_adapter
 from common.talk import open_model
 
 ENGINES = ("mlx", "torch")
@@ -233,6 +237,23 @@ def test_evaluate_prints_one_json_object(finished: FinishedRun):
     assert scores["adapter"]["loss"] < scores["base"]["loss"]
     # The validation file is the test file, and the last row of metrics was measured with the last weights.
     assert scores["adapter"]["loss"] == pytest.approx(rows(finished.output)[-1]["eval_loss"], rel=1e-5)
+
+
+def test_evaluate_shows_what_the_quantisation_of_the_base_costs(finished: FinishedRun, monkeypatch):
+    monkeypatch.chdir(finished.workplace.path)
+    console = Console(file=io.StringIO(), width=100)
+    four_bits = ["quantization.load_in_4bit=true", "quantization.quant_type=fp4", "evaluation.samples=0"]
+
+    def scores(*overrides: str, full_precision: bool = True):
+        config = load_config(Path("config.json"), [f"engine={finished.engine}", "evaluation.metrics=[]", *overrides])
+        return evaluate_adapter(config, None, [], console, full_precision)
+
+    plain, rounded = scores(), scores(*four_bits)
+    assert list(rounded) == ["full_precision", "base", "adapter"]
+    assert rounded["full_precision"]["loss"] == pytest.approx(plain["base"]["loss"], rel=1e-6)
+    assert abs(rounded["base"]["loss"] - plain["base"]["loss"]) > 1e-4  # 4 bits of random weights are felt
+    assert "full precision" in console.file.getvalue()
+    assert scores(*four_bits, full_precision=False).keys() == plain.keys() == {"base", "adapter"}
 
 
 def test_generate_and_chat_are_greedy_and_deterministic(finished: FinishedRun):

@@ -160,6 +160,42 @@ def test_message_says_where_what_was_found_and_what_to_write(text, line):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("{lm_head: {bits: x}}", 'expected in lm_head as bits, where there is "x": 2, 3, 4, 5, 6, 8'),
+        ("{lm_head: {mode: nf4}}", "affine, mxfp4, mxfp8, nvfp4"),
+        ("{lm_head: 8}", "expected modules with a format or false, e.g. {lm_head: {bits: 8}"),
+        ("{lm_head: {bts: 8}}", "quantization.overrides.lm_head.bts: unknown key; did you mean quantization.bits?"),
+    ],
+)
+def test_a_format_for_a_module_that_is_none_is_refused_with_what_there_is(overrides, message):
+    (line,) = problems(f"quantization: {{bits: 4, overrides: {overrides}}}")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "expected"),
+    [
+        ("{bits: 4}", "a.q_proj", (64, 4, "affine")),
+        ("{mode: mxfp4}", "a.q_proj", (32, 4, "mxfp4")),
+        ("{mode: mxfp8}", "a.q_proj", (32, 8, "mxfp8")),
+        ("{mode: nvfp4}", "a.q_proj", (16, 4, "nvfp4")),
+        ("{bits: 3, group_size: 32, overrides: {q_proj: {bits: 8}}}", "a.q_proj", (32, 8, "affine")),
+        ("{bits: 3, group_size: 32, overrides: {q_proj: {group_size: 64}}}", "a.q_proj", (64, 3, "affine")),
+        ("{bits: 3, group_size: 32, overrides: {a: {mode: mxfp8}}}", "a.q_proj", (32, 8, "mxfp8")),
+        ("{mode: mxfp4, overrides: {q_proj: {mode: affine}}}", "a.q_proj", (64, 4, "affine")),
+        ("{bits: 3, overrides: {layers.1: {bits: 8}}}", "layers.11.q_proj", (64, 3, "affine")),
+        ("{bits: 3, overrides: {layers.1: {bits: 8}, q_proj: false}}", "layers.1.q_proj", (64, 8, "affine")),
+        ("{bits: 3, overrides: {layers.1: {bits: 8}, q_proj: false}}", "layers.2.q_proj", None),
+        ("{load_in_4bit: true}", "a.q_proj", None),
+    ],
+)
+def test_formats_of_mlx_are_completed_from_above_and_from_its_own_defaults(text, path, expected):
+    found = load(f"quantization: {text}").quantization.mlx_format_of(path, by_default=True)
+    assert found == (expected and dict(zip(("group_size", "bits", "mode"), expected, strict=True)))
+
+
+@pytest.mark.parametrize(
     ("key", "meant"),
     [
         ("lora_alpha", "lora.lora_alpha"),
@@ -228,6 +264,15 @@ def test_a_typo_is_not_reported_again_as_a_missing_key():
         ),
         ("quantization: {load_in_4bit: true, bits: 4}", ("quantization.load_in_4bit", "quantization.bits")),
         ("quantization: {group_size: 64}", ("quantization.group_size", "bits: 4")),
+        ("quantization: {load_in_8bit: true, mode: mxfp4}", ("quantization.load_in_8bit", "quantization.mode")),
+        ("quantization: {mode: mxfp4, bits: 8}", ("quantization.bits: found 8 with mode: mxfp4", "has 4")),
+        ("quantization: {bits: 4, group_size: 16}", ("quantization.group_size: found 16", "32 or 64 or 128")),
+        ("quantization: {mode: nvfp4, group_size: 64}", ("quantization.group_size: found 64", "nvfp4, which has 16")),
+        ("quantization: {overrides: {lm_head: {bits: 8}}}", ("quantization.overrides", "bits: 4")),
+        (
+            "quantization: {bits: 4, overrides: {lm_head: {mode: mxfp8, bits: 4}}}",
+            ("quantization.overrides.lm_head.bits: found 4", "has 8"),
+        ),
         ("warmup_steps: 2\nwarmup_ratio: 0.1", ("warmup_ratio", "warmup_steps")),
         ("eval_strategy: epoch", ("eval_strategy", "data.validation")),
         ("packing: true\ngroup_by_length: true", ("group_by_length", "packing")),

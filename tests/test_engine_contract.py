@@ -56,6 +56,12 @@ def test_untrained_adapter_leaves_the_base_as_transformers_has_it(name: str, lla
     assert count == int(data.loss_mask.sum())
 
 
+def test_an_engine_without_an_adapter_is_the_base_as_transformers_has_it(name: str, llama: Path) -> None:
+    engine, data = open_engine(name, TrainConfig(device=DEVICE, dtype="float32"), llama, None), make_batches()
+    assert total_loss(engine, data, 3)[0] == pytest.approx(transformers_loss(llama, None, data), rel=ROUNDING)
+    assert engine.adapter_shapes() == {}
+
+
 def test_adapter_gives_the_same_loss_in_peft(name: str, llama: Path, tmp_path: Path) -> None:
     engine, data = open_fresh(name, llama), make_batches()
     state = random_state(engine)

@@ -5,6 +5,7 @@ LoRA, rsLoRA, DoRA and modules trained whole are all PEFT's own layers, so what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,12 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     if isinstance(module, ModulesToSaveWrapper):
         module = module.original_module
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return dequantize_module_weight(base).detach()
+    if base.weight.dtype == torch.int8:  # LLM.int8, whose scales PEFT's way loses on the CPU before the first step
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return base.weight.data * (scales[:, None] * (1 / 127))
+    weight = dequantize_module_weight(base).detach()
+    # torch_backend/four_bit.py has some weights as one long row.
+    return weight.reshape(base.out_features, base.in_features) if isinstance(base, nn.Linear) else weight
 
 
 def has_tied_embeddings(model: PreTrainedModel) -> bool:
@@ -104,6 +110,8 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
     linear, saved = list(linear_modules(model)), _saved_modules(model, lora)
     parameters = select_parameters(expert_stacks(model), lora)
     chosen = select_modules(text_modules(model), output_head(model), lora, list(parameters))
+    if lora.use_dora:
+        _refuse_long_rows(model, chosen)
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -132,6 +140,22 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
             f"{min(found ^ expected)}; name modules outside the experts: [q_proj, k_proj, v_proj, o_proj]"
         )
     return wrapped, portable_target_modules(chosen, linear, lora)
+
+
+def _refuse_long_rows(model: PreTrainedModel, chosen: Sequence[str]) -> None:
+    """Raise UserError for DoRA over weights that torch_backend/four_bit.py has as one row, which PEFT can't read."""
+    packed = [path for path in chosen if not model.get_submodule(path).weight.is_floating_point()]
+    if not packed:
+        return
+    from torch_backend.four_bit import FlatLinear4bit  # bitsandbytes is not there on macOS
+
+    for path in packed:
+        linear = model.get_submodule(path)
+        if isinstance(linear, FlatLinear4bit):
+            raise UserError(
+                f"lora.use_dora: {path} has rows of {linear.in_features} weights, no multiple of 64, whose 4 bits "
+                "PEFT misreads on a CPU; write use_dora: false, or use --engine mlx or a GPU"
+            )
 
 
 def _saved_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
+from common.quantized import BITSANDBYTES_4BIT, check_quantization, stored_format
 from common.weights import read_model_config
+from torch_backend.heap import without_holes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,21 +54,36 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
 
     Raises UserError for an architecture that transformers lacks or weights that don't fit it.
     """
-    if quantization.bits:
-        raise UserError(
-            "quantization.bits: MLX's own formats, which torch can't read; "
-            "write quantization: {load_in_4bit: true} for NF4, or use --engine mlx"
-        )
+    stored = read_model_config(directory)
+    check_quantization(directory, stored, quantization, "torch")
+    packed = stored_format(stored)
+    bitsandbytes = None if packed else _bitsandbytes_config(quantization, dtype)
+    with without_holes() if bitsandbytes and device.type == "cpu" else contextlib.nullcontext():
+        model, report = _read(directory, dtype, bitsandbytes, device)
+        _refuse_unfitting_weights(directory, report)
+        if packed:
+            _cast_unpacked(model, DTYPES[dtype])
+        if quantization.load_in_4bit or packed == BITSANDBYTES_4BIT:
+            from torch_backend.four_bit import settle  # bitsandbytes is not there on macOS
+
+            settle(model, quantization.use_double_quant, DTYPES[dtype])
+    return model
+
+
+def _read(
+    directory: Path, dtype: str, bitsandbytes: Any, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Let transformers read a model, packing each weight as it comes; returns it with its report of the load."""
     model_type = read_model_config(directory)["model_type"]
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what its report of the load says is refused below
+    transformers_logging.set_verbosity_error()  # what its report says is refused by our caller
     try:
-        model, report = _auto_class(model_type).from_pretrained(
+        return _auto_class(model_type).from_pretrained(
             directory,
             config=_without_dropout(AutoConfig.from_pretrained(directory)),
             dtype=DTYPES[dtype],
             device_map={"": device},
-            quantization_config=_bitsandbytes_config(quantization, dtype),
+            quantization_config=bitsandbytes,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -74,9 +92,13 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
         raise UserError(
             f"{directory}: the torch engine can't load this model (model_type {model_type}): {reason}"
         ) from None
-    _refuse_unfitting_weights(directory, report)
-    _keep_trainable_on_cpu(model)
-    return model
+
+
+def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what a packed checkpoint holds plainly (embeddings, norms, head) the run's dtype; transformers does not."""
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _auto_class(model_type: str) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
@@ -106,7 +128,7 @@ def _bitsandbytes_config(quantization: QuantizationConfig, dtype: str) -> Any:
         load_in_4bit=quantization.load_in_4bit,
         load_in_8bit=quantization.load_in_8bit,
         bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.use_double_quant,
+        bnb_4bit_use_double_quant=False,  # torch_backend/four_bit.py does it
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
 
@@ -117,10 +139,3 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def _keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place at the first evaluation, which loses the gradient."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from common.data.sources import DataFile, split_query
 from common.data.tokenise import DataReport, Recipe
 from common.data.tokens import Chunk, Digest, Places, TokenDataset, starts_of
 from common.engine import Array
-from common.files import new_folder
+from common.files import cache_folder, new_folder
 
 FORMAT = 1  # of a store, and of what is done to the tokens in it: count up, and old stores are not found
 ARRAYS = {
@@ -40,7 +39,7 @@ def store_folder(recipe: Recipe, tokenizer_files: Sequence[Path]) -> Path:
         digest.update(f"{data.kind}:{_identity(data)}".encode())
     config = recipe.config().model_dump(include={"format", "columns", "train_on", "truncation", "on_error"})
     digest.update(json.dumps([FORMAT, recipe.max_seq_length, config], sort_keys=True).encode())
-    return _cache() / "data" / digest.hexdigest()[:32]
+    return cache_folder() / "data" / digest.hexdigest()[:32]
 
 
 class StoreWriter:
@@ -116,9 +115,3 @@ def _identity(data: DataFile) -> str:
 def _content(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _cache() -> Path:
-    named = os.environ.get("TWINTUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(named or f"{base}/twintune").expanduser()
