@@ -36,9 +36,10 @@ from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike
 from mlx_backend.experts import expert_stacks, inject_experts
 from mlx_backend.generate import generate
+from mlx_backend.head import find_head, output_head, select_at_head
 from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
 from mlx_backend.loss import LossFunction
-from mlx_backend.model import choose_device, load_base, output_head, select_at_head
+from mlx_backend.model import choose_device, load_base
 from mlx_backend.names import adaptable_modules, refuse_foreign, weighted_modules
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
 from mlx_backend.streams import Streams
@@ -90,7 +91,8 @@ class MLXEngine:
         self._model.eval()
         mx.eval(self._model.parameters())
         self._layout = FlatLayout(self._adapter.shapes())
-        self._loss = LossFunction(self._model, self._selection, packing, self._adapter, self._layout)
+        head = find_head(self._model, self._selection, model_config, self.dtype)
+        self._loss = LossFunction(self._model, self._selection, head, packing, self._adapter, self._layout)
         self._micro_gradient = make_micro_gradient(self._loss, self._streams, self.dtype)
         self._evaluate = make_evaluation(self._loss, self._streams)
         self._update = make_update(config, trainable_entries(self._layout, config.lora))

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 
 from common.engine import Array
 from common.sampling import Chooser, Sampling, left_padded, shared_beginning, shifted_columns
-from mlx_backend.model import HeadSelection
+from mlx_backend.head import HeadSelection
 
 
 def generate(

@@ -1,9 +1,4 @@
-"""The base model on MLX: architecture and weights by mlx-lm, and how training bends it.
-
-`select_at_head` lets the head see only the positions whose logits are wanted. Like all our hooks it gives a single
-module instance a subclass of its own class (`specialise`): no class of mlx-lm is patched, parameter names stay, and
-every architecture that mlx-lm knows keeps its own code.
-"""
+"""The base model on MLX: architecture and weights by mlx-lm, packed where the config says so."""
 
 from __future__ import annotations
 
@@ -20,13 +15,11 @@ from common.quantized import check_quantization, stored_format
 from common.weights import read_model_config
 from mlx_backend.amend import amend
 from mlx_backend.dialect import translated
-from mlx_backend.frozen import FourBitLinear
-from mlx_backend.lora import LoRALinear
+from mlx_backend.head import output_head
 from mlx_backend.names import routers
 from mlx_backend.products import choose_products
 from mlx_backend.quantize import quantize_layers, set_dtype
 from mlx_backend.stored import classes_for_packed
-from mlx_backend.tree import specialise
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -71,41 +64,3 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> 
         quantize_layers(model, quantization, {output_head(model)[0], *routers(model)})
     choose_products(model, DTYPES[dtype])
     return model
-
-
-class HeadSelection:
-    """Say which positions of (B * T) the head computes logits for; None means all."""
-
-    positions: mx.array | None = None
-
-    def apply(self, hidden: mx.array) -> mx.array:
-        """Pick rows (N, D) out of hidden states (B, T, D)."""
-        return hidden if self.positions is None else hidden.reshape(-1, hidden.shape[-1])[self.positions]
-
-
-def select_at_head(model: nn.Module) -> HeadSelection:
-    """Put a selection before the output head, `lm_head` or the tied embedding; returns it."""
-    selection = HeadSelection()
-    _, head = output_head(model)
-    method = "as_linear" if isinstance(head, nn.Embedding | nn.QuantizedEmbedding) else "__call__"
-    original = getattr(type(head), method)
-
-    def with_selection(self: nn.Module, hidden: mx.array) -> mx.array:
-        return original(self, selection.apply(hidden))
-
-    specialise(head, method, with_selection)
-    return selection
-
-
-def output_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Find the module that makes logits: a linear `lm_head` if there is one, else the token embedding."""
-    modules = dict(model.named_modules())
-    for last_name, kinds in (
-        ("lm_head", nn.Linear | nn.QuantizedLinear | FourBitLinear | LoRALinear),
-        ("embed_tokens", nn.Embedding | nn.QuantizedEmbedding),
-        ("wte", nn.Embedding | nn.QuantizedEmbedding),
-    ):
-        for path, module in modules.items():
-            if path.rsplit(".", 1)[-1] == last_name and isinstance(module, kinds):
-                return path, module
-    raise UserError("the MLX engine finds no output head (lm_head or a tied embed_tokens) in this architecture")

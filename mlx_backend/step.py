@@ -51,7 +51,7 @@ def make_micro_gradient(loss: LossFunction, streams: Streams, dtype: str) -> Cal
 
 def make_evaluation(loss: LossFunction, streams: Streams) -> Callable:
     """Return f(flat weights, parts) -> loss sum, for evaluation."""
-    return compiler()(lambda flat, parts: streams.sum(partial(loss, loss.split(flat)), parts))
+    return compiler()(lambda flat, parts: streams.sum(partial(loss, loss.split(flat), training=False), parts))
 
 
 def make_update(config: TrainConfig, trainable: Array | None = None) -> Callable:

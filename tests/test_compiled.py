@@ -13,6 +13,7 @@ import torch_backend.loss
 from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.errors import UserError
+from common.logits import AfterHead
 from common.sampling import Sampling
 from torch_backend.head import Head, find_head
 from torch_backend.loss import LinearCrossEntropy, softmax_error
@@ -66,7 +67,7 @@ def test_the_chunked_loss_and_its_gradient_are_torchs_own(
     rng = torch.Generator().manual_seed(0)
     weight, hidden = torch.randn(301, 24, generator=rng), torch.randn(17, 24, generator=rng).requires_grad_()
     targets, counted = torch.randint(0, 301, (17,), generator=rng), torch.arange(17).remainder(3).clamp(max=1).float()
-    head = Head(weight, torch.randn(301, generator=rng) if with_bias else None, factor, soft_cap)
+    head = Head(weight, torch.randn(301, generator=rng) if with_bias else None, AfterHead(factor, soft_cap))
     expected = (F.cross_entropy(head(hidden), targets, reduction="none") * counted).sum()
     (gradient,) = torch.autograd.grad(2 * expected, hidden)
     monkeypatch.setattr(torch_backend.loss, "CHUNK_BYTES", 4 * 301 * rows)
@@ -89,7 +90,7 @@ def test_what_follows_the_head_is_found_by_measuring(
 ) -> None:
     engine = open_fresh("torch", write_family(tmp_path, family, **settings))
     head = find_head(engine._base, engine._selection)
-    assert (head.factor, head.soft_cap) == expected
+    assert (head.after.factor, head.after.soft_cap) == expected
 
 
 def test_a_head_that_is_trained_or_does_something_unknown_takes_the_plain_way(llama: Path) -> None:

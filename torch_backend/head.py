@@ -14,9 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-PROBED_TOKENS = 8
-# What architectures do to logits, by the names transformers gives the numbers.
-SOFT_CAPS, FACTORS, DIVISORS = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
+from common.logits import PROBED_TOKENS, AfterHead, agrees, candidates
 
 
 class HeadSelection:
@@ -38,17 +36,21 @@ class HeadSelection:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold a frozen head: logits are `soft_cap(factor * (hidden weight^T + bias))`."""
+    """Hold a frozen head, `hidden weight^T + bias`, and what follows it."""
 
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None
-    factor: float = 1.0
-    soft_cap: float | None = None
+    after: AfterHead
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute logits (N, V) as float32 for hidden states (N, D)."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.factor
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return finished(nn.functional.linear(hidden, self.weight, self.bias), self.after)
+
+
+def finished(output: torch.Tensor, after: AfterHead) -> torch.Tensor:
+    """Turn what a head gives into float32 logits."""
+    logits = output.float() * after.factor
+    return logits if after.soft_cap is None else after.soft_cap * torch.tanh(logits / after.soft_cap)
 
 
 def select_at_head(model: PreTrainedModel) -> HeadSelection:
@@ -70,17 +72,9 @@ def find_head(model: PreTrainedModel, selection: HeadSelection) -> Head | None:
     logits = model(input_ids=token_ids, use_cache=False).logits.float()
     hidden, selection.hidden = selection.hidden, None
     assert hidden is not None, "the head was not called"
-    settings = model.config.get_text_config().to_dict()
-    caps = [settings[name] for name in SOFT_CAPS if settings.get(name)]
-    factors = [settings[name] for name in FACTORS if settings.get(name)]
-    factors += [1 / settings[name] for name in DIVISORS if settings.get(name)]
-    for head in (
-        *(Head(module.weight, module.bias, soft_cap=cap) for cap in caps),
-        *(Head(module.weight, module.bias, factor=factor) for factor in factors),
-        Head(module.weight, module.bias),
-    ):
-        # Half precision rounds between the head and what follows it; a forgotten factor is off by far more.
-        tolerance = 1e-4 if module.weight.dtype == torch.float32 else 2e-2
-        if (head(hidden) - logits).abs().max() <= tolerance * logits.abs().max():
-            return head
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    for after in candidates(model.config.to_dict()):
+        difference = (Head(module.weight, module.bias, after)(hidden) - logits).abs().max()
+        if agrees(difference.item(), logits.abs().max().item(), dtype):
+            return Head(module.weight, module.bias, after)
     return None

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.logits import AfterHead
 from torch_backend.attention import fastest_kernels
-from torch_backend.head import Head, HeadSelection
+from torch_backend.head import Head, HeadSelection, finished
 from torch_backend.model import DTYPES
 
 CHUNK_BYTES = 2**28  # of float32 logits
@@ -91,7 +92,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], head.weight, head.bias)
-            part_loss, error = error_of(logits, targets[part], counted[part], head.factor, head.soft_cap)
+            part_loss, error = error_of(logits, targets[part], counted[part], head.after)
             loss += part_loss
             if gradient is not None:
                 torch.mm(error, head.weight, out=gradient[part])
@@ -106,20 +107,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def softmax_error(
-    logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, factor: float, soft_cap: float | None
+    output: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, after: AfterHead
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss and its derivative by the head's output (N, V), in that output's dtype.
 
     The derivative is (softmax - one-hot) * counted * factor, and by a soft cap c tanh(z / c) another 1 - tanh(z / c)^2.
     """
-    values = logits.float() * factor
-    if soft_cap is not None:
-        values = soft_cap * torch.tanh(values / soft_cap)
+    values = finished(output, after)
     total = values.logsumexp(-1, keepdim=True)
     chosen = values.gather(1, targets[:, None])
     loss = ((total - chosen)[:, 0] * counted).sum()
     is_target = torch.arange(values.shape[1], device=values.device) == targets[:, None]
-    error = (torch.exp(values - total) - is_target.float()) * (counted * factor)[:, None]
-    if soft_cap is not None:
-        error = error * (1 - (values / soft_cap).square())
-    return loss, error.to(logits.dtype)
+    error = (torch.exp(values - total) - is_target.float()) * (counted * after.factor)[:, None]
+    if after.soft_cap is not None:
+        error = error * (1 - (values / after.soft_cap).square())
+    return loss, error.to(output.dtype)

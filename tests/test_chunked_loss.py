@@ -1,0 +1,107 @@
+"""The loss of a frozen head on MLX, chunk by chunk: MLX's own gradient of the plain formula, in less memory."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from engines import make_batches, open_fresh
+from tiny_models import write_family
+
+import mlx_backend.loss
+from common.batches import BatchPlan
+from common.config import LoraConfig
+from common.logits import AfterHead
+from common.trainer import total_loss
+from mlx_backend.head import Head, find_head
+from mlx_backend.loss import cross_entropy, frozen_head_loss, loss_alone
+
+VOCABULARY, WIDTH, ROWS = 301, 24, 17
+
+
+@pytest.fixture
+def arrays() -> dict[str, mx.array]:
+    rng = np.random.default_rng(0)
+    return {
+        "hidden": mx.array(rng.normal(size=(ROWS, WIDTH)).astype(np.float32)),
+        "targets": mx.array(rng.integers(0, VOCABULARY, ROWS)),
+        "counted": mx.array((np.arange(ROWS) % 3 > 0).astype(np.float32)),
+        "weight": mx.array(rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)),
+        "bias": mx.array(rng.normal(size=VOCABULARY).astype(np.float32)),
+    }
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("after", [AfterHead(), AfterHead(factor=0.125), AfterHead(soft_cap=5.0)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_loss_and_gradient_are_those_of_the_plain_formula(
+    rows: int, after: AfterHead, with_bias: bool, arrays: dict[str, mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlx_backend.loss, "CHUNK_BYTES", 4 * VOCABULARY * rows)
+    hidden, targets, counted, weight, bias = arrays.values()
+    head = Head(weight, bias if with_bias else None, after)
+    matrix = [weight, bias] if with_bias else [weight]
+
+    def plain(hidden: mx.array) -> mx.array:
+        return 2 * (cross_entropy(head(hidden), targets) * counted).sum()
+
+    def chunked(hidden: mx.array) -> mx.array:
+        return 2 * frozen_head_loss(after)(hidden, targets, counted, *matrix)[0]
+
+    (expected, gradient), (found, ours) = (mx.value_and_grad(function)(hidden) for function in (plain, chunked))
+    np.testing.assert_allclose(found.item(), expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(2 * loss_alone(hidden, targets, counted, head).item(), expected.item(), rtol=1e-6)
+    # Float32 sums of 301 terms in another order.
+    np.testing.assert_allclose(np.array(ours), np.array(gradient), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("llama", {}, AfterHead()),
+        ("gemma2", {"final_logit_softcapping": 3.0}, AfterHead(soft_cap=3.0)),
+        ("granite", {"logits_scaling": 4.0}, AfterHead(factor=0.25)),
+    ],
+)
+def test_what_follows_the_head_is_found_by_measuring(
+    family: str, settings: dict, expected: AfterHead, tmp_path: Path
+) -> None:
+    engine = open_fresh("mlx", write_family(tmp_path, family, **settings))
+    config = {"model_type": family, **settings}
+    head = find_head(engine._model, engine._selection, config, "float32")
+    assert head is not None and head.after == expected
+    assert (
+        find_head(engine._model, engine._selection, {"final_logit_softcapping": 0.7}, "float32") is None or not settings
+    )
+
+
+def test_a_head_that_is_trained_takes_the_plain_way(llama: Path) -> None:
+    for lora in (LoraConfig(target_modules=["q_proj", "lm_head"]), LoraConfig(modules_to_save=["lm_head"])):
+        engine = open_fresh("mlx", llama, lora)
+        assert find_head(engine._model, engine._selection, {}, "float32") is None
+
+
+def test_small_chunks_train_and_evaluate_as_one_large_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BatchPlan(make_batches(), 4, 1, 42, 2)
+    curves = []
+    for size in (2**28, 4 * 416 * 5):
+        monkeypatch.setattr(mlx_backend.loss, "CHUNK_BYTES", size)
+        engine = open_fresh("mlx", llama)
+        results = [engine.fetch(engine.train_step(plan.step_batch(step), 5e-3)) for step in range(1, 6)]
+        curves.append([result.loss_sum for result in results] + [total_loss(engine, make_batches(), 4)[0]])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=2e-5)
+
+
+def test_memory_holds_one_chunk_and_not_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocabulary = 2048, 8192  # 67 MB of float32 logits, four times over in MLX's own gradient
+    monkeypatch.setattr(mlx_backend.loss, "CHUNK_BYTES", 4 * vocabulary * 64)
+    hidden, weight = mx.random.normal((rows, 32)), mx.random.normal((vocabulary, 32))
+    targets, counted = mx.zeros(rows, mx.int32), mx.ones(rows)
+    mx.eval(hidden, weight, targets, counted)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    function = frozen_head_loss(AfterHead())
+    mx.eval(mx.value_and_grad(lambda each: function(each, targets, counted, weight)[0])(hidden))
+    # A chunk's logits, exponentials and errors are 2 MB each; all logits would be 67.
+    assert mx.get_peak_memory() - before < 30e6
