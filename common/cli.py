@@ -297,6 +297,9 @@ def export(
         typer.Option(help="Of what is stored; q8_0 for merged-gguf.", show_default=False),
     ] = None,
     fold_rslora: Annotated[bool, typer.Option(help="Write rsLoRA's factor as a plain alpha.")] = False,
+    quantize: Annotated[
+        int | None, typer.Option(metavar="4|5|6|8", help="Put what --to merged writes into MLX's format of these bits.")
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub.")
     ] = None,
@@ -311,7 +314,9 @@ def export(
     from common.export.export import Request
     from common.export.export import export as run_export
 
-    request = Request(adapter, output, to, reader, model, engine, device, dtype, fold_rslora, push_to_hub, private)
+    request = Request(
+        adapter, output, to, reader, model, engine, device, dtype, fold_rslora, quantize, push_to_hub, private
+    )
     result = run_export(request, Console(stderr=as_json))
     if as_json:
         print(json.dumps(result))

@@ -180,3 +180,8 @@ def open_engine(name: str, config: TrainConfig, model_dir: Path, lora: LoraConfi
 def examine_engine(name: str) -> Sequence[Finding]:
     """Let an installed engine say how the machine suits it."""
     return importlib.import_module(PACKAGES[name]).examine()
+
+
+def quantize_folder(source: Path, target: Path, bits: int) -> None:
+    """Write a model folder again in MLX's format of so many bits; raises MachineError where MLX is not installed."""
+    importlib.import_module(PACKAGES[choose_engine("mlx")]).quantize_folder(source, target, bits)

@@ -39,3 +39,13 @@ def examine() -> list[Finding]:
     from mlx_backend import health
 
     return list(health.examine(blas))
+
+
+def quantize_folder(source: Path, target: Path, bits: int) -> None:
+    """Write a model folder again with its weights in MLX's format of so many bits."""
+    from mlx_backend.blas import use_fast_blas
+
+    use_fast_blas()
+    from mlx_backend import convert
+
+    convert.quantize_folder(source, target, bits)

@@ -39,6 +39,7 @@ from common.adapter_files import MLX_WEIGHTS_NAME
 from common.config import TrainConfig
 from common.engine import Array, TrainState
 from common.errors import UserError
+from common.export.export import Request, export
 from common.lora import lora_a_key, magnitude_key
 from common.start import is_plain_adapter
 from common.weights import rope_in_both_forms
@@ -385,23 +386,6 @@ def trained_by_mlx_lm(model: Path, folder: Path) -> Path:
     return folder / "adapters"
 
 
-def written_for_mlx_lm(adapter: Path, directory: Path) -> Path:
-    """Write an adapter for mlx-lm with nothing of ours: PEFT's matrices transposed, alpha / r for scale."""
-    config = json.loads((adapter / CONFIG_NAME).read_text())
-    ends = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
-    weights = {}
-    for key, value in load_file(adapter / WEIGHTS_NAME).items():
-        end = next(end for end in ends if key.endswith(end))
-        name = key.removeprefix("base_model.model.").removesuffix(end) + ends[end]
-        weights[name] = np.ascontiguousarray(value.T)
-    directory.mkdir()
-    save_file(weights, directory / MLX_WEIGHTS_NAME)
-    parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"], "dropout": 0.0}
-    written = {"num_layers": len(config["layers_to_transform"]), "lora_parameters": parameters}
-    (directory / CONFIG_NAME).write_text(json.dumps(written))
-    return directory
-
-
 def test_an_adapter_trained_by_mlx_lm_goes_on_here_on_torch_and_back_in_mlx_lm(tiny_model, tmp_path):
     given = trained_by_mlx_lm(tiny_model, tmp_path)
     base, theirs = mlx_model(tiny_model), load_adapters(mlx_model(tiny_model), str(given))
@@ -411,7 +395,8 @@ def test_an_adapter_trained_by_mlx_lm_goes_on_here_on_torch_and_back_in_mlx_lm(t
     config = run_config(tiny_model, tmp_path, engine="torch", lora=lora, adapter_name_or_path=str(given))
     assert f"Starting from the weights of {given}" in train(config)
     final = tmp_path / "out" / "final"
-    back = mlx_logits(load_adapters(mlx_model(tiny_model), str(written_for_mlx_lm(final, tmp_path / "back"))))
+    export(Request(final, tmp_path / "back", "mlx", engine="torch"), Console(quiet=True))
+    back = mlx_logits(load_adapters(mlx_model(tiny_model), str(tmp_path / "back" / "mlx")))
     assert np.abs(back - mlx_logits(theirs)).max() > 0.1, "it was not trained any further"
     assert_same(imported_logits("torch", tiny_model, final), back, mlx_logits(base))
 

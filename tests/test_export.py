@@ -219,3 +219,25 @@ def test_an_adapter_of_experts_is_left_to_peft(tmp_path: Path):
     save(tmp_path / "adapter", engine, moved(engine).weights, lora, base)
     with pytest.raises(UserError, match=r"adapts stacks of experts .* which PEFT alone loads"):
         run_export(tmp_path / "adapter", tmp_path / "out", "merged")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_merged_model_is_quantised_as_mlx_lm_does(tmp_path: Path, bits: int):
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    model = write_llama(tmp_path / "model", hidden_size=128, intermediate_size=192, head_dim=32)
+    adapter = make_adapter(tmp_path / "adapter", model, r=8, lora_alpha=64)
+    proof = run_export(adapter, tmp_path / "out", "merged", quantize=bits)
+    merged, _ = utils.load_model(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["bits"] == bits and proof["largest_difference"] <= proof["tolerance"]
+    found, expected = np.array(merged(mx.array(TOKENS))), peft_logits(model, adapter)
+    # Of the logits' own spread; random weights multiply a rounding error more than a trained model's do.
+    assert np.sqrt(np.mean((found - expected) ** 2)) < {8: 0.15, 4: 0.9}[bits] * expected.std()
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("model", "adapter", "out")]
+
+
+@pytest.mark.parametrize(("to", "bits"), [("peft", 4), ("merged", 7)])
+def test_quantising_something_else_is_refused(tmp_path: Path, model: Path, to: str, bits: int):
+    adapter = make_adapter(tmp_path / "adapter", model)
+    with pytest.raises(UserError, match=f"--quantize {bits}: with --to {to}; expected 4, 5, 6 or 8 bits"):
+        run_export(adapter, tmp_path / "out", to, quantize=bits)

@@ -24,14 +24,16 @@ from common.export.adapt import one_alpha
 from common.export.adapter import Adapter, from_tensors
 from common.export.card import export_card
 from common.export.fit import choose_format, fitted, usage
-from common.export.formats import check_dtype, write
+from common.export.formats import Written, check_dtype, quantise, write
 from common.export.mlx_folder import FOLDER
-from common.export.proof import Proof, prove, take_reference
+from common.export.proof import Proof, Reference, prove, take_reference
 from common.export.push import check_push, push
 from common.export.readers import Format, Reader, find_reader
 from common.export.source import RUN_CONFIG, Source
 from common.files import new_folder
 from common.hub import resolve_model
+
+QUANTISED = (4, 5, 6, 8)  # bits of MLX's format
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Request:
     device: str | None = None
     dtype: str | None = None
     fold_rslora: bool = False
+    quantize: int | None = None
     push_to_hub: str | None = None
     private: bool = False
 
@@ -70,6 +73,10 @@ def export(request: Request, console: Console) -> dict[str, Any]:
     if to is None:
         raise UserError("--to: missing; expected peft, mlx, gguf, merged or merged-gguf, or a program by --for")
     check_dtype(to, request.dtype)
+    if request.quantize and (to != "merged" or request.quantize not in QUANTISED):
+        raise UserError(
+            f"--quantize {request.quantize}: with --to {to}; expected 4, 5, 6 or 8 bits of MLX's and --to merged"
+        )
     target = _new_target(request.output / FOLDER if to == "mlx" else request.output)
     if request.push_to_hub:
         check_push(request.push_to_hub)
@@ -122,10 +129,18 @@ def write_and_prove(folder: Path, to: Format, request: Request, source: Source, 
             written = write(folder, to, adapter, source, engine, request.dtype)
         except OverflowError as error:
             raise UserError(f"{request.adapter}: a weight {error}") from None
+    proof, computed_by = _proven(written, reference)
+    if request.quantize:  # of what is proven to be the adapter's
+        written = quantise(folder, request.quantize, source)
+        proof, computed_by = _proven(written, reference)
+    return Outcome(adapter, notes, written.stored, proof, computed_by)
+
+
+def _proven(written: Written, reference: Reference) -> tuple[Proof, str]:
     with closing(written.open()) as engine:
         proof = prove(reference, engine.logits(reference.token_ids), written.stored, written.what)
         versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
-    return Outcome(adapter, notes, written.stored, proof, f"the {engine.name} engine ({versions})")
+        return proof, f"the {engine.name} engine ({versions})"
 
 
 def _new_target(target: Path) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from common.engine import Engine
+from common.engine import Engine, quantize_folder
 from common.errors import UserError
 from common.export.adapter import Adapter, read_tuned
 from common.export.gguf_adapter import adapter_file, read_gguf_adapter, write_gguf_adapter
@@ -54,6 +55,20 @@ def write(folder: Path, to: Format, adapter: Adapter, source: Source, engine: En
         return Written("adapter", dtype, lambda: source.open(read_tuned(folder)))
     write_gguf_adapter(folder, adapter, source, dtype)
     return Written("adapter", dtype, lambda: source.open(read_gguf_adapter(folder / adapter_file(dtype), source)))
+
+
+def quantise(folder: Path, bits: int, source: Source) -> Written:
+    """Put a merged model that lies in `folder` into MLX's format of so many bits, in its place."""
+    packed = folder.with_name(f"{folder.name}-packed")
+    try:
+        quantize_folder(folder, packed, bits)
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        for path in packed.iterdir():
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(packed, ignore_errors=True)
+    return Written("weights", f"{bits} bits", lambda: source.open_for_mlx(folder))
 
 
 def _write_merged(folder: Path, model: MergedModel, source: Source, dtype: str | None) -> Written:

@@ -51,6 +51,10 @@ class Source:
         config = TrainConfig(**{key: getattr(self.config, key) for key in ("engine", "device", "dtype")})
         return open_engine(self.engine, config, directory, None)
 
+    def open_for_mlx(self, directory: Path) -> Engine:
+        """Open another model, as it lies there, with MLX."""
+        return open_engine("mlx", TrainConfig(engine="mlx", device=self.config.device), directory, None)
+
     @property
     def base_name(self) -> str:
         """Give the base's name as the adapter has it, a Hub name or a folder."""
