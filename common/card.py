@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from common.best import Best
-from common.config import TrainConfig
+from common.config import LoraConfig, TrainConfig
 from common.engine import Engine
+from common.lora import as_stored, keeps_start
 from common.metrics import read_metrics
 from common.run import RunFolder
 from common.trainer import Progress
@@ -31,6 +32,7 @@ Trained by twintune with the {engine} engine on {device} ({versions}).
 | weights | {weights} |
 | last training loss | {loss} |
 | last validation loss | {eval_loss} |
+| kind | {kind} |
 | rank, alpha, dropout | {r}, {alpha}, {dropout} |
 | learning rate | {learning_rate:g}, {schedule} |
 | dtype of the base | {dtype} |
@@ -69,11 +71,24 @@ def model_card(config: TrainConfig, engine: Engine, progress: Progress, folder: 
         weights=f"the best: {best}" if best else "of the last step",
         loss=f"{losses[-1]:.4f}" if losses else "not measured",
         eval_loss=f"{evaluated[-1]:.4f}" if evaluated else "not measured",
-        r=config.lora.r,
-        alpha=config.lora.lora_alpha,
+        kind=_kind(config.lora),
+        r=as_stored(config.lora).r,
+        alpha=as_stored(config.lora).lora_alpha,
         dropout=config.lora.lora_dropout,
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
         dtype=engine.dtype,
         supervised_tokens=progress.supervised_tokens,
     )
+
+
+def _kind(lora: LoraConfig) -> str:
+    """Name the member of the LoRA family in words."""
+    parts = ["DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"]
+    if keeps_start(lora):
+        parts.append(f"from {lora.init_lora_weights}, held as the difference to its start at twice the rank {lora.r}")
+    if lora.modules_to_save:
+        parts.append(f"with {', '.join(lora.modules_to_save)} trained whole")
+    if lora.target_parameters:
+        parts.append(f"on {', '.join(lora.target_parameters)} too")
+    return ", ".join(parts)
