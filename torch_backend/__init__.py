@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
-    from common.engine import Engine
+    from common.engine import DeviceMemory, Engine
     from common.finding import Finding
 
 
@@ -31,6 +31,28 @@ def examine() -> list[Finding]:
     from torch_backend import health
 
     return list(health.examine())
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Say where the config's device is and how much of its memory is free."""
+    _quieten()
+    from torch_backend import budget
+
+    return budget.device_memory(device)
+
+
+def matmul_rate(device: str) -> float:
+    """Measure the FLOP/s of a matrix product in the dtype that training takes there."""
+    from torch_backend import budget
+
+    return budget.matmul_rate(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out."""
+    from torch_backend import budget
+
+    return budget.is_out_of_memory(error)
 
 
 def _quieten() -> None:
