@@ -77,9 +77,8 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     size = work.positions * how.bytes_each
     layer: float = (_mlx_layer(shape, how) if how.engine == "mlx" else _torch_layer(shape, how)) * size
     scores = _scores(shape, work, how)
-    passing = (
-        5 * shape.intermediate + 6 * shape.hidden
-    ) * size  # of the MLP's backward: act, its gradient in two parts
+    # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients.
+    passing: float = (5 * shape.intermediate + 6 * shape.hidden) * size
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
     if how.checkpointing:
