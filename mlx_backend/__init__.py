@@ -75,6 +75,5 @@ def matmul_rate(device: str) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error says that memory ran out."""
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("[malloc", "malloc_or_wait", "Insufficient Memory", "out of memory")
-    )
+    signs = ("malloc] ", "Insufficient Memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -21,13 +21,15 @@ class Workload:
     longest: int | None = None  # example; None: not known
     supervised_share: float = 1.0
     positions_per_epoch: int | None = None
+    num_examples: int | None = None
     note: str = ""  # why the data isn't known
 
     def work(self, config: TrainConfig) -> Work:
         """Describe the largest micro-batch of a config."""
         longest = min(self.longest or config.max_seq_length, config.max_seq_length)
         rows, length = config.per_device_train_batch_size, config.max_seq_length if config.packing else longest
-        length = padded_length(length)
+        length = padded_length(min(length, self.positions_per_epoch or length))
+        rows = min(rows, self.num_examples or rows)
         share = self.supervised_share if config.packing else 1.0
         supervised = padded_length(max(1, round(rows * length * share)))
         evaluated = round(config.per_device_eval_batch_size * length * share) if config.eval_strategy != "no" else 0
@@ -37,7 +39,8 @@ class Workload:
 def planned_workload(plan: BatchPlan) -> Workload:
     """Describe data that has been read."""
     lengths = plan.data.input_lengths()
-    return Workload(int(lengths.max()), plan.data.num_loss_tokens / int(lengths.sum()), int(lengths.sum()))
+    positions = int(lengths.sum())
+    return Workload(int(lengths.max()), plan.data.num_loss_tokens / positions, positions, len(lengths))
 
 
 def read_workload(config: TrainConfig) -> Workload:
