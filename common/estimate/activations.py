@@ -12,14 +12,11 @@ from dataclasses import dataclass
 
 from common.estimate.shape import ModelShape
 
-TORCH_CHUNK_BYTES = 2**28  # torch_backend/loss.py's CHUNK_BYTES
+CHUNK_BYTES = 2**28  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
 # Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
 EAGER_HEAD_ARRAYS = 4.25
-# Of float32 (supervised, vocabulary) arrays alive at once in MLX: logits, shifted, exponentials, softmax on a CPU
-# (measured: 4.0); on a GPU also copies for the scatter and in half precision (measured on an H200: 7, the same in two
-# runs of different layers). Without a gradient the first three.
-MLX_HEAD_ARRAYS = {"cpu": 4, "gpu": 7}
-MLX_EVALUATION_ARRAYS = 3
+# The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
+MLX_HEAD_ARRAYS = 4
 HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
 # Below that, torch's freed activations leave holes: five runs on a CPU held 1.85 to 1.98 times what is alive, and 1.03
 # to 1.07 with MALLOC_MMAP_THRESHOLD_ set, which forbids the heap.
@@ -34,7 +31,6 @@ class Work:
     length: int  # positions of a row
     supervised: int  # positions whose logits are wanted
     longest: int  # of an example: what attends to itself
-    evaluated: int = 0  # positions whose logits an evaluation batch wants; 0: there is no evaluation
 
     @property
     def positions(self) -> int:
@@ -58,6 +54,7 @@ class Setting:
     packed: bool
     checkpointing: bool
     offloading: bool
+    trained_head: bool
     adapted_inputs: int  # widths of the inputs of a layer's adapted modules, together
 
 
@@ -69,7 +66,6 @@ class Activations:
     passing: float  # of the one layer that the backward pass is in
     attention: float
     logits: float
-    evaluation: float  # logits too, of an evaluation batch, when nothing else is kept
 
 
 def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
@@ -87,10 +83,7 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
         passing += layer - shape.hidden * size
     holes = how.engine == "torch" and how.device_type == "cpu" and shape.intermediate * size < HEAP_BLOCK
     factor = TORCH_HEAP_HOLES if holes else 1
-    logits = _mlx_logits(shape, work, how) if how.engine == "mlx" else _torch_logits(shape, work, how)
-    whole = how.engine == "mlx"  # torch computes chunks of them
-    evaluation = 4 * MLX_EVALUATION_ARRAYS * work.evaluated * shape.vocabulary if whole else 0
-    return Activations(factor * kept, factor * passing, attention, logits, evaluation)
+    return Activations(factor * kept, factor * passing, attention, _logits(shape, work, how))
 
 
 def _torch_layer(shape: ModelShape, how: Setting) -> float:
@@ -120,13 +113,13 @@ def _scores(shape: ModelShape, work: Work, how: Setting) -> float:
     return 0 if fused else shape.heads * squares * how.bytes_each
 
 
-def _mlx_logits(shape: ModelShape, work: Work, how: Setting) -> float:
-    arrays = MLX_HEAD_ARRAYS["cpu" if how.device_type == "cpu" else "gpu"]
-    return 4 * arrays * work.supervised * shape.vocabulary
-
-
-def _torch_logits(shape: ModelShape, work: Work, how: Setting) -> float:
-    """Count a chunk's arrays, and the head's input with its gradient."""
-    rows = min(work.supervised, max(1, TORCH_CHUNK_BYTES // (4 * shape.vocabulary)))
-    each = 2 * how.bytes_each if how.compiled else how.bytes_each + 4 * EAGER_HEAD_ARRAYS
+def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
+    chunk = max(1, CHUNK_BYTES // (4 * shape.vocabulary))
+    rows = work.supervised if how.trained_head else min(work.supervised, chunk)
+    each = how.bytes_each + 4 * EAGER_HEAD_ARRAYS
+    if how.engine == "mlx":
+        each = 4 * MLX_HEAD_ARRAYS
+    elif how.compiled and not how.trained_head:
+        each = 2 * how.bytes_each
     return rows * shape.vocabulary * each + 2 * work.supervised * shape.hidden * how.bytes_each

@@ -1,8 +1,8 @@
 """The smallest changes that make a run fit, in order of harm: each is made only if those before it don't suffice.
 
-Smaller evaluation batches, shorter packed rows and checkpointing change no result, offloading costs the host's memory,
-smaller micro-batches speed, 4 bits a little quality, and a lower rank what the adapter can learn. What turns out
-needless once a later change is made is taken back.
+Shorter packed rows and checkpointing change no result, offloading costs the host's memory, smaller micro-batches speed,
+4 bits a little quality, and a lower rank what the adapter can learn. What turns out needless once a later change is
+made is taken back.
 """
 
 from __future__ import annotations
@@ -74,8 +74,6 @@ def _next(
 
 def _candidates(config: TrainConfig, name: str, device_type: str, longest: int | None) -> Iterator[Settings]:
     accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    if config.per_device_eval_batch_size > 1:
-        yield {"per_device_eval_batch_size": half_up(config.per_device_eval_batch_size)}
     half = half_up(config.max_seq_length)
     if config.packing and longest and half >= longest:
         yield {"max_seq_length": half, "gradient_accumulation_steps": 2 * accumulation}
@@ -87,8 +85,7 @@ def _candidates(config: TrainConfig, name: str, device_type: str, longest: int |
         yield {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * accumulation}
     elif rows > 1:
         yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * accumulation}
-    group = config.quantization
-    if not (group.load_in_4bit or group.load_in_8bit or group.bits):
+    if not config.quantization.way:
         yield {"quantization.load_in_4bit": True} if name == "torch" else {"quantization.bits": 4}
     if config.lora.r > LEAST_RANK:  # with alpha, so that the scale stays
         yield {"lora.r": half_up(config.lora.r), "lora.lora_alpha": config.lora.lora_alpha / 2}

@@ -72,12 +72,11 @@ def ran_out(config: TrainConfig, name: str, batch: StepBatch, free: int | None, 
 def _avoiding(config: TrainConfig, name: str) -> list[str]:
     """Name the three least harmful settings that the config hasn't made yet."""
     rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    group = config.quantization
     ways = [
         (not config.gradient_checkpointing, "gradient_checkpointing: true"),
         (rows > 1, f"per_device_train_batch_size: 1, gradient_accumulation_steps: {rows * steps}  # the same batch"),
         (
-            not (group.load_in_4bit or group.load_in_8bit or group.bits),
+            not config.quantization.way,
             "quantization: {load_in_4bit: true}" if name == "torch" else "quantization: {bits: 4}",
         ),
         (config.max_seq_length > 1, f"max_seq_length: {max(1, config.max_seq_length // 2)}"),

@@ -1,8 +1,7 @@
 """Memory by part: what lies in memory all the time, and the worst moment of a step on top of it.
 
 A step has three moments that can be the worst: the head, when all layers' activations are kept; the backward pass of
-the last layer; the update of the adapter. An evaluation, whose batches may be larger, has its head. Parts are those of
-the worst one, so that they add up to the peak.
+the last layer; the update of the adapter. Parts are those of the worst one, so that they add up to the peak.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
         {**at_turn, "logits": live.logits},
         {**at_turn, "activations": live.kept + live.passing},
         {"optimizer": UPDATE_COPIES[name] * adapter},
-        {"logits": live.evaluation},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
     always: dict[str, float] = {
@@ -73,8 +71,13 @@ def _trained_elements(shape: ModelShape, config: TrainConfig, chosen: list[str])
     lora = as_stored(config.lora)
     count = sum(module_rank(name, lora) * sum(shape.linear[name]) for name in chosen)
     count += sum(shape.linear[name][0] for name in chosen) if lora.use_dora else 0
-    whole = {"embed_tokens", "lm_head"} & set(lora.modules_to_save or ())
+    whole = _whole(config)
     return count + (1 if shape.tied and whole else len(whole)) * shape.vocabulary * shape.hidden
+
+
+def _whole(config: TrainConfig) -> set[str]:
+    """Return which of embedding and head are trained whole; tied, either is both."""
+    return {"embed_tokens", "lm_head"} & set(config.lora.modules_to_save or ())
 
 
 def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceMemory, chosen: list[str]) -> Setting:
@@ -93,6 +96,7 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
         packed=config.packing,
         checkpointing=config.gradient_checkpointing,
         offloading=config.activation_offloading,
+        trained_head=bool(_whole(config)),
         adapted_inputs=sum(shape.linear[module][1] for module in chosen) // shape.layers,
     )
 
@@ -107,8 +111,9 @@ def _weight_bytes(shape: ModelShape, config: TrainConfig, bytes_each: int) -> fl
         each = 0.5 + ((1 + 4 / 256) / 64 if quantization.use_double_quant else 4 / 64)
     elif quantization.load_in_8bit:
         each = 1.0
-    elif quantization.bits:  # a scale and a bias a group, in the dtype of the run
-        each = quantization.bits / 8 + 2 * bytes_each / (quantization.group_size or 64)
+    elif form := quantization.mlx_format:  # a scale and a bias a group, or a scale of one byte
+        scales = 2 * bytes_each if form["mode"] == "affine" else 1
+        each = form["bits"] / 8 + scales / form["group_size"]
     return shape.quantisable * each + shape.other * bytes_each
 
 

@@ -109,7 +109,7 @@ def _estimate(
 ) -> Estimate | None:
     """Estimate one engine; None for another than the chosen one that can't run this config."""
     quantization = config.quantization
-    foreign = quantization.bits if name == "torch" else quantization.load_in_4bit or quantization.load_in_8bit
+    foreign = quantization.mlx_format if name == "torch" else quantization.load_in_8bit
     if foreign and not is_chosen:
         return None
     machine = device_memory(name, config.device)

@@ -32,8 +32,7 @@ class Workload:
         rows = min(rows, self.num_examples or rows)
         share = self.supervised_share if config.packing else 1.0
         supervised = padded_length(max(1, round(rows * length * share)))
-        evaluated = round(config.per_device_eval_batch_size * length * share) if config.eval_strategy != "no" else 0
-        return Work(rows, length, supervised, min(longest, length), evaluated)
+        return Work(rows, length, supervised, min(longest, length))
 
 
 def planned_workload(plan: BatchPlan) -> Workload:
