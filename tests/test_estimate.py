@@ -241,6 +241,11 @@ def test_a_run_that_cannot_fit_is_refused_with_what_makes_it_fit(llama, monkeypa
     refuse_hopeless(config, "torch", str(llama), Workload())  # within the margin: not sure enough
 
 
+def test_modules_of_unknown_names_are_left_to_the_engine_to_judge(llama):
+    config = TrainConfig(device="cpu", lora=LoraConfig(r=10**9, target_modules=("qkv_of_another_name",)))
+    refuse_hopeless(config, choose_engine("auto"), str(llama), Workload())
+
+
 def test_the_look_before_a_run_costs_no_tenth_of_a_second(llama):
     name = choose_engine("auto")
     device_memory(name, "cpu")  # the engine is imported in any case

@@ -25,13 +25,12 @@ MENTIONED = 3  # settings named in an error
 
 def refuse_hopeless(config: TrainConfig, name: str, model: str, workload: Workload) -> None:
     """Raise MachineError where a run is sure not to fit into the memory that is free, with the changes that help."""
+    machine = device_memory(name, config.device)
     try:
         shape = read_shape(model)
+        size = total_bytes(shape, workload, name, machine, config)
     except UserError:
-        return  # a config of an unknown kind is for the engine to judge
-    machine = device_memory(name, config.device)
-    total = partial(total_bytes, shape, workload, name, machine)
-    size = total(config)
+        return  # a config or names of modules of an unknown kind are for the engine to judge
     if not shape.certain or size <= MARGIN * machine.free_bytes:
         return
     changes = advise(shape, config, workload, name, machine, machine.free_bytes)

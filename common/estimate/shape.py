@@ -2,8 +2,8 @@
 
 Linear modules come from the headers, so that an adapter is counted as it will be made; the widths of a layer's
 activations come from config.json, whose names all dense decoders share. A model with layers of other kinds (experts,
-recurrence) is counted as a dense one of its active width, and says so: `certain` is False, and nothing is refused for
-it.
+recurrence) is counted as a dense one of its active width, and one that is quantised in its files as it lies there; both
+say so: `certain` is False, and nothing is refused for them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class ModelShape:
     other: int  # elements that are in no linear module of a layer: embeddings, head, norms, towers, stacked experts
     stored: int = 0  # bytes of weights that are quantised in the files already
     tied: bool = True
-    stored_bytes: int = 0  # of all files: what loading may hold a while beside the weights
-    certain: bool = True  # whether it is a dense decoder, all that the formulas are of
+    certain: bool = True  # whether it is a dense decoder in full precision, all that the formulas are of
 
     @property
     def quantisable(self) -> int:
@@ -95,8 +94,7 @@ def shape_of(name: str, config: Mapping[str, Any], headers: Headers) -> ModelSha
         other=other,
         stored=stored,
         tied=tied,
-        stored_bytes=sum(_stored_bytes(entry) for entry in headers.values()),
-        certain=not (experts or kinds or "vision_config" in config or "num_local_experts" in text),
+        certain=not (experts or kinds or stored or "vision_config" in config or "num_local_experts" in text),
     )
 
 

@@ -146,7 +146,10 @@ def _print_text(estimates: list[Estimate], shape: ModelShape, workload: Workload
     else:
         say(console, "The time is from a probe of this machine's matrix products, a second each")
     if not shape.certain:
-        say(console, "This is no plain dense decoder: the figures are those of one as wide, and train refuses nothing")
+        say(
+            console,
+            "This is no plain dense decoder in full precision: the figures are rough, and train refuses nothing",
+        )
     for each in estimates:
         if each.changes:
             say(
