@@ -66,6 +66,7 @@ def train(
         ),
     ] = None,
     allow_changed: Annotated[bool, typer.Option(help="Resume although config, data or base changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Try although the estimate says that it can't fit.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but an error.")] = False,
     as_json: JsonOption = False,
     overrides: SetOption = None,
@@ -78,7 +79,7 @@ def train(
     settings = _load(config, engine, device, overrides)
     with outlive_terminal():
         events = sys.stdout if as_json else None
-        request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]), events)
+        request = launch.Request(str(config), resume, allow_changed, _resume_command(sys.argv[1:]), events, force)
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # libraries print too
             launch.train(settings, request, Console(quiet=quiet))
 
@@ -165,6 +166,21 @@ def preview(
     from common.preview import preview_data
 
     preview_data(_load(config, None, None, overrides), number, as_json)
+
+
+@app.command(epilog="Example: twintune estimate --config configs/quickstart.yaml")
+def estimate(
+    config: ConfigOption,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Write a config that fits beside this one.")] = False,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Say how much memory and time a run takes, and what makes it fit, before anything is loaded or downloaded."""
+    from common.estimate.verb import estimate as run_estimate
+
+    run_estimate(_load(config, engine, device, overrides), config, as_json, fix)
 
 
 @app.command(epilog="Example: twintune bench --config configs/quickstart.yaml --engine torch --steps 8")

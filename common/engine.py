@@ -100,6 +100,16 @@ class MemoryUse:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Say where an engine would compute, and the memory it may fill there."""
+
+    device_type: str  # "cuda", "metal", "mps" or "cpu"
+    device: str  # as a person would say it
+    free_bytes: int
+    compiles: bool = False  # whether torch compiles layers there without being asked
+
+
 class Engine(Protocol):
     """Train, evaluate and generate with one model and one adapter on one device."""
 
@@ -185,3 +195,21 @@ def examine_engine(name: str) -> Sequence[Finding]:
 def quantize_folder(source: Path, target: Path, bits: int) -> None:
     """Write a model folder again in MLX's format of so many bits; raises MachineError where MLX is not installed."""
     importlib.import_module(PACKAGES[choose_engine("mlx")]).quantize_folder(source, target, bits)
+
+
+def device_memory(name: str, device: str) -> DeviceMemory:
+    """Let an installed engine look at the device that the config means, before any model is loaded.
+
+    Raises MachineError for a device that isn't there.
+    """
+    return importlib.import_module(PACKAGES[name]).device_memory(device)
+
+
+def matmul_rate(name: str, device: str) -> float:
+    """Let an installed engine measure, in a second, the FLOP/s of a matrix product in the dtype it trains in there."""
+    return importlib.import_module(PACKAGES[name]).matmul_rate(device)
+
+
+def is_out_of_memory(name: str, error: Exception) -> bool:
+    """Tell whether what an engine raised says that memory ran out."""
+    return isinstance(error, MemoryError) or importlib.import_module(PACKAGES[name]).is_out_of_memory(error)

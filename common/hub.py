@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.weights import check_model_folder
+from common.weights import check_model_folder, read_header, read_model_config, weight_files
 
 PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
 ANSWER_SECONDS = 10
@@ -25,14 +26,42 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     return local
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, errors, snapshot_download
+def read_headers(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return config.json and the dtype and shape of each tensor of a model on the Hub, by range requests.
 
+    No weights are fetched; where the cache has them, nothing is asked. Raises UserError where there is no such model.
+    """
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+
+    _refuse_no_name(name)
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS))
+        return read_model_config(cached), {k: v for path in weight_files(cached) for k, v in read_header(path).items()}
+    except (errors.HFValidationError, OSError, UserError):
+        pass  # not there, or not whole
+    try:
+        HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)
+        config = Path(hf_hub_download(name, "config.json", revision=revision))
+        files = HfApi().get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except Exception as error:  # also the HTTP client's own errors, which the library doesn't export
+        raise _explained(name, revision, error) from None
+    tensors = {key: info for file in files for key, info in file.tensors.items()}
+    headers = {key: {"dtype": info.dtype, "shape": list(info.shape)} for key, info in tensors.items()}
+    return read_model_config(config.parent), headers
+
+
+def _refuse_no_name(name: str) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.startswith("models/"):
         raise UserError(
             f"model_name_or_path: {name}: no such folder; expected a local model folder or a Hub name such as "
             "meta-llama/Llama-3.2-3B-Instruct (the quickstart's model comes with: make model)"
         )
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    _refuse_no_name(name)
     problem = None
     try:  # asked first, with a time limit: behind a firewall snapshot_download alone waits for ever
         HfApi().model_info(name, revision=revision, timeout=ANSWER_SECONDS)

@@ -28,6 +28,8 @@ from common.data.tokens import TokenDataset
 from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
+from common.estimate.guard import refuse_hopeless
+from common.estimate.workload import planned_workload
 from common.evaluate import Comparison, Evaluation, compare_answers, evaluate
 from common.facts import gather_facts, num_trainable
 from common.finish import Ending
@@ -62,6 +64,7 @@ class Request:
     allow_changed: bool = False
     resume_command: str = ""  # what continues this run, to be shown when it is interrupted
     events: TextIO | None = None  # where a program reads what happens, as JSON lines
+    force: bool = False  # whether to try what can't fit
 
     def without_adapter(self) -> Request:
         """Return the request with its --resume of an adapter left to the config, which names it from now on."""
@@ -97,6 +100,8 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
     read = read_training(config, tokenizer, console)
     test = read_test(config.data.test, config, tokenizer, console) if config.data.test else None
     plan = BatchPlan.of(read.data, config)
+    if not request.force:
+        refuse_hopeless(config, name, str(model_dir), planned_workload(plan))
     engine = _open(name, config, model_dir, console)
     adapter = peft_config(
         as_stored(config.lora), engine.target_modules(), base, config.revision, engine.tied_embeddings

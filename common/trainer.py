@@ -13,14 +13,17 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from common.batches import BatchPlan, chain_hash, evaluation_batches
 from common.best import Best
+from common.checkpoint import newest_intact
 from common.config import TrainConfig
 from common.data.tokens import TokenDataset
 from common.engine import Engine, Handle, StepBatch, StepResult
 from common.errors import DiskError, UserError
+from common.estimate.guard import explained
 from common.metrics import MetricsLog, is_spike
 from common.progress import Reporter
 from common.saving import Clock, Saver
@@ -125,7 +128,8 @@ class Trainer:
         started = time.perf_counter()
         batch = self._plan.step_batch(step)
         rate = self._learning_rate(step)
-        handle = self._engine.train_step(batch, rate)
+        with self._memory_explained(batch):
+            handle = self._engine.train_step(batch, rate)
         launched = Launched(batch, rate, handle, time.perf_counter() - started)
         previous, self._launched = self._launched, launched
         if previous:
@@ -139,8 +143,9 @@ class Trainer:
     def _finish(self, launched: Launched) -> None:
         """Wait for a step, account for it, and log it where it is due."""
         started = time.perf_counter()
-        result = self._engine.fetch(launched.handle)
         batch, progress, window = launched.batch, self.progress, self._window
+        with self._memory_explained(batch):
+            result = self._engine.fetch(launched.handle)
         window.seconds += launched.seconds + time.perf_counter() - started
         progress.step, progress.epoch = batch.step, batch.epoch
         progress.batch_hash = chain_hash(progress.batch_hash, batch)
@@ -155,6 +160,14 @@ class Trainer:
         due = batch.step % self._config.logging_steps == 0 or batch.step in (1, self._plan.total_steps)
         if self._evaluation_due(batch.step) or (due and window.num_loss_tokens):
             self._log_row(launched, result)
+
+    def _memory_explained(self, batch: StepBatch) -> contextlib.AbstractContextManager[None]:
+        """Let memory that runs out in a step end the run with what to do about it."""
+        return explained(self._config, self._engine.name, batch, self._newest_checkpoint)
+
+    def _newest_checkpoint(self) -> str:
+        newest = newest_intact(Path(self._config.output_dir), [])
+        return f"{newest} is good, continue from it with --resume" if newest else "no checkpoint is saved yet"
 
     def _log_row(self, launched: Launched, result: StepResult) -> None:
         window, batch = self._window, launched.batch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
-    from common.engine import Engine
+    from common.engine import DeviceMemory, Engine
     from common.finding import Finding
 
 
@@ -24,8 +24,10 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     if blas.startswith("warning"):
         logging.getLogger(__name__).warning(blas)
     # Read at MLX's first evaluation. By default it walks wide graphs depth first, so that one stream's work comes
-    # nearly to its end before the next one's begins: 3.1 s a step of SmolLM2 on two cores against 2.2 s.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
+    # nearly to its end before the next one's begins: 3.1 s a step of SmolLM2 on two cores against 2.2 s. Walked so,
+    # checkpointed layers are all computed again before the first is needed: twice the memory (measured, a mid shape).
+    if not config.gradient_checkpointing:
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
     from mlx_backend.engine import MLXEngine
 
     return MLXEngine(config, model_dir, lora)
@@ -49,3 +51,29 @@ def quantize_folder(source: Path, target: Path, bits: int) -> None:
     from mlx_backend import convert
 
     convert.quantize_folder(source, target, bits)
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Say where the config's device is and how much of its memory is free."""
+    from mlx_backend.blas import use_fast_blas
+
+    use_fast_blas()
+    from mlx_backend import budget
+
+    return budget.device_memory(device)
+
+
+def matmul_rate(device: str) -> float:
+    """Measure the FLOP/s of a matrix product in the dtype that training takes there."""
+    from mlx_backend.blas import use_fast_blas
+
+    use_fast_blas()
+    from mlx_backend import budget
+
+    return budget.matmul_rate(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out."""
+    signs = ("malloc] ", "Insufficient Memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -176,3 +176,18 @@ def test_a_file_in_place_of_a_folder_is_told_of_convert(tmp_path: Path):
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(UserError, match=r"model.gguf: a file; expected a model folder \(twintune convert makes one"):
         resolve_model(str(tmp_path / "model.gguf"))
+
+
+def test_an_estimate_fetches_no_weights(hub: FakeHub, preview: Callable, cli: Callable, tiny_model: Path, tmp_path):
+    hub.model = tiny_model
+    values = {"model_name_or_path": NAME, "data": {"train": "train.jsonl"}}
+    (tmp_path / "hub.json").write_text(json.dumps(values))
+    env = {"HF_HOME": str(tmp_path / "hub-cache"), "HF_ENDPOINT": hub.endpoint}
+    done = cli("estimate", "--config", "hub.json", "--json", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["memory_bytes"]["weights"] > 0 and found["seconds_per_epoch"] is None
+    assert not list((tmp_path / "hub-cache").rglob("*.safetensors"))
+    hub.refusal = (404, "RepoNotFound")
+    (tmp_path / "hub.json").write_text(json.dumps(values | {"model_name_or_path": "acme/other"}))
+    assert "no such model" in refusal(cli("estimate", "--config", "hub.json", "--json", cwd=tmp_path, env=env))

@@ -14,7 +14,19 @@ ENGINES = {
     *("mlx", "mlx_lm", "torch", "peft", "bitsandbytes", "transformers", "accelerate"),
     *("mlx_backend", "torch_backend"),
 }
-VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "export", "doctor", "status", "report")
+VERBS = (
+    "train",
+    "evaluate",
+    "generate",
+    "chat",
+    "preview",
+    "convert",
+    "export",
+    "doctor",
+    "status",
+    "report",
+    "estimate",
+)
 
 
 def loaded_after(code: str) -> set[str]:

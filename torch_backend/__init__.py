@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
-    from common.engine import Engine
+    from common.engine import DeviceMemory, Engine
     from common.finding import Finding
 
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
     """Load the base model with transformers, inject the adapter with PEFT and return a ready engine."""
-    # Read when OpenMP starts. Threads that spin at each barrier collapse where anything else uses a core: with one of
-    # two cores busy, a step of SmolLM2 took over 30 s spinning and 4 s sleeping; alone, 2.4 s either way.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _let_threads_sleep()
     _quieten()
     from torch_backend.engine import TorchEngine
 
@@ -31,6 +29,38 @@ def examine() -> list[Finding]:
     from torch_backend import health
 
     return list(health.examine())
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Say where the config's device is and how much of its memory is free."""
+    _let_threads_sleep()
+    _quieten()
+    from torch_backend import budget
+
+    return budget.device_memory(device)
+
+
+def matmul_rate(device: str) -> float:
+    """Measure the FLOP/s of a matrix product in the dtype that training takes there."""
+    from torch_backend import budget
+
+    return budget.matmul_rate(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out."""
+    from torch_backend import budget
+
+    return budget.is_out_of_memory(error)
+
+
+def _let_threads_sleep() -> None:
+    """Set what OpenMP reads when it starts, which importing torch does.
+
+    Threads that spin at each barrier collapse where anything else uses a core: with one of two cores busy, a step of
+    SmolLM2 took over 30 s spinning and 4 s sleeping; alone, 2.4 s either way.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _quieten() -> None:

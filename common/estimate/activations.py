@@ -1,0 +1,125 @@
+"""What each engine keeps of a micro-batch between forward and backward, counted from how its layers are written.
+
+Units are elements a position: h is the hidden width, q and k those of queries and keys, i that of the MLP. What an
+architecture does beside the plain decoder (norms after attention, q_norm) is not counted: some per cent. The formulas
+were held against autograd's own list of saved tensors (torch) and against layers added one by one (MLX) on a CPU, and
+against peaks on an H200; tests/test_estimate.py keeps them there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.estimate.shape import ModelShape
+
+CHUNK_BYTES = 2**28  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
+# Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
+EAGER_HEAD_ARRAYS = 4.25
+# The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
+MLX_HEAD_ARRAYS = 4
+HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
+# Below that, torch's freed activations leave holes: five runs on a CPU held 1.85 to 1.98 times what is alive, and 1.03
+# to 1.07 with MALLOC_MMAP_THRESHOLD_ set, which forbids the heap.
+TORCH_HEAP_HOLES = 1.9
+
+
+@dataclass(frozen=True)
+class Work:
+    """Describe one micro-batch."""
+
+    rows: int
+    length: int  # positions of a row
+    supervised: int  # positions whose logits are wanted
+    longest: int  # of an example: what attends to itself
+
+    @property
+    def positions(self) -> int:
+        """Count the positions computed."""
+        return self.rows * self.length
+
+    @property
+    def squares(self) -> int:
+        """Count the pairs of positions that attention scores, where it keeps them."""
+        return self.positions * self.longest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Describe how an engine computes: what decides the bytes of an activation."""
+
+    engine: str
+    device_type: str  # "cuda", "metal", "mps" or "cpu"
+    bytes_each: int  # of an activation
+    compiled: bool  # torch's layers, or MLX's step on a GPU
+    packed: bool
+    checkpointing: bool
+    offloading: bool
+    trained_head: bool
+    adapted_inputs: int  # widths of the inputs of a layer's adapted modules, together
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Hold bytes: of the layers, of attention beside them, and of the head."""
+
+    kept: float  # by all layers until the backward pass
+    passing: float  # of the one layer that the backward pass is in
+    attention: float
+    logits: float
+
+
+def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
+    """Count what is alive at the turn from forward to backward."""
+    size = work.positions * how.bytes_each
+    layer: float = (_mlx_layer(shape, how) if how.engine == "mlx" else _torch_layer(shape, how)) * size
+    scores = _scores(shape, work, how)
+    # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients.
+    passing: float = (5 * shape.intermediate + 6 * shape.hidden) * size
+    kept: float = shape.layers * layer
+    attention: float = shape.layers * scores
+    if how.checkpointing:
+        inputs = 2 if how.offloading else shape.layers  # one in use and one on its way
+        kept, attention = inputs * shape.hidden * size, scores
+        passing += layer - shape.hidden * size
+    holes = how.engine == "torch" and how.device_type == "cpu" and shape.intermediate * size < HEAP_BLOCK
+    factor = TORCH_HEAP_HOLES if holes else 1
+    return Activations(factor * kept, factor * passing, attention, _logits(shape, work, how))
+
+
+def _torch_layer(shape: ModelShape, how: Setting) -> float:
+    """Count what a layer keeps on torch; packed rows have keys and values repeated for each query head."""
+    h, q, i = shape.hidden, shape.queries, shape.intermediate
+    keys = 2 * (q if how.packed else shape.keys)
+    joined = q if how.packed and how.device_type == "cpu" else 0  # the examples' results, put together
+    if how.compiled:  # input, q, k, v, result, middle, gate, up: norms and SwiGLU are computed again
+        return 2 * h + 2 * q + keys + 2 * i
+    if how.bytes_each == 4:  # norms' results and SwiGLU's two steps besides
+        return 4 * h + 2 * q + keys + joined + 4 * i
+    # Norms in float32, twice as wide, and autocast's copy of each adapted module's input.
+    return 4 * h + 2 * q + keys + joined + 3 * i + how.adapted_inputs
+
+
+def _mlx_layer(shape: ModelShape, how: Setting) -> float:
+    """Count what a layer keeps on MLX: gate, up and their product compiled, sigmoid and SiLU besides where not."""
+    inner = 3 if how.compiled else 5
+    return 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + inner * shape.intermediate
+
+
+def _scores(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count the probabilities that a layer keeps where attention has no backward kernel: MLX but for CUDA, and MPS."""
+    fused = how.device_type == "cuda" or (how.engine == "torch" and how.device_type == "cpu")
+    # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/attention.py).
+    squares = work.squares if how.device_type == "cpu" else work.positions * work.length
+    return 0 if fused else shape.heads * squares * how.bytes_each
+
+
+def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
+    chunk = max(1, CHUNK_BYTES // (4 * shape.vocabulary))
+    rows = work.supervised if how.trained_head else min(work.supervised, chunk)
+    each = how.bytes_each + 4 * EAGER_HEAD_ARRAYS
+    if how.engine == "mlx":
+        each = 4 * MLX_HEAD_ARRAYS
+    elif how.compiled and not how.trained_head:
+        each = 2 * how.bytes_each
+    return rows * shape.vocabulary * each + 2 * work.supervised * shape.hidden * how.bytes_each

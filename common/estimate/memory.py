@@ -1,0 +1,127 @@
+"""Memory by part: what lies in memory all the time, and the worst moment of a step on top of it.
+
+A step has three moments that can be the worst: the head, when all layers' activations are kept; the backward pass of
+the last layer; the update of the adapter. Parts are those of the worst one, so that they add up to the peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.config import TrainConfig
+from common.engine import DeviceMemory
+from common.estimate.activations import Setting, Work, activations
+from common.estimate.shape import ModelShape, is_head
+from common.lora import as_stored, module_rank, select_modules
+
+PARTS = ("weights", "adapters", "optimizer", "activations", "logits", "attention", "framework")
+FLOAT32 = 4
+# Copies of the adapter, float32, that live during AdamW: scaled and clipped gradient, new moments, denominator,
+# decayed weights, quotient, result (torch_backend/step.py); MLX fuses most of them.
+UPDATE_COPIES = {"torch": 8, "mlx": 4}
+# Beside the numbers: of a CPU's process libraries, tokenizer and code, measured with a tiny model in `twintune train`;
+# on CUDA cuBLAS' workspace (32 MiB on Hopper) and tables of angles.
+FRAMEWORK = {("torch", "cpu"): 510e6, ("mlx", "cpu"): 390e6, ("torch", "cuda"): 60e6}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Hold bytes by part, at the worst moment."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Add the parts up."""
+        return sum(self.parts.values())
+
+
+def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: str, machine: DeviceMemory) -> Memory:
+    """Estimate the peak of a training run on an engine; raises UserError where the adapter's targets match nothing."""
+    chosen = _adapted(shape, config)
+    how = _setting(shape, config, name, machine, chosen)
+    trained = _trained_elements(shape, config, chosen)
+    adapter = trained * FLOAT32
+    live = activations(shape, work, how)
+    at_turn = {"activations": live.kept, "attention": live.attention}
+    moments: list[dict[str, float]] = [
+        {**at_turn, "logits": live.logits},
+        {**at_turn, "activations": live.kept + live.passing},
+        {"optimizer": UPDATE_COPIES[name] * adapter},
+    ]
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    always: dict[str, float] = {
+        "weights": _weight_bytes(shape, config, how.bytes_each),
+        "adapters": 2 * adapter,  # torch: with the gradient; MLX: with the initial ones
+        "optimizer": 2 * adapter,
+        "framework": FRAMEWORK.get((name, machine.device_type), 0),
+    }
+    parts = {part: always.get(part, 0) + worst.get(part, 0) for part in PARTS}
+    return Memory({part: round(parts[part]) for part in PARTS})
+
+
+def _adapted(shape: ModelShape, config: TrainConfig) -> list[str]:
+    head = next((name for name in shape.linear if is_head(name)), None)
+    return select_modules(list(shape.linear), head, as_stored(config.lora))
+
+
+def _trained_elements(shape: ModelShape, config: TrainConfig, chosen: list[str]) -> int:
+    """Count A, B and DoRA's magnitudes of each module; what is trained whole counts with embedding and head."""
+    lora = as_stored(config.lora)
+    count = sum(module_rank(name, lora) * sum(shape.linear[name]) for name in chosen)
+    count += sum(shape.linear[name][0] for name in chosen) if lora.use_dora else 0
+    whole = _whole(config)
+    return count + (1 if shape.tied and whole else len(whole)) * shape.vocabulary * shape.hidden
+
+
+def _whole(config: TrainConfig) -> set[str]:
+    """Return which of embedding and head are trained whole; tied, either is both."""
+    return {"embed_tokens", "lm_head"} & set(config.lora.modules_to_save or ())
+
+
+def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceMemory, chosen: list[str]) -> Setting:
+    dtype = config.compute_dtype
+    if dtype == "auto":  # as both engines choose it
+        half = machine.device_type == "cuda" or (name == "mlx" and machine.device_type == "metal")
+        dtype = "bfloat16" if half else "float32"
+    gpu_mlx = name == "mlx" and machine.device_type != "cpu"
+    by_default = machine.compiles and not config.lora.target_parameters
+    compiled = gpu_mlx if name == "mlx" else by_default if config.torch_compile is None else config.torch_compile
+    return Setting(
+        engine=name,
+        device_type=machine.device_type,
+        bytes_each=4 if dtype == "float32" else 2,
+        compiled=compiled,
+        packed=config.packing,
+        checkpointing=config.gradient_checkpointing,
+        offloading=config.activation_offloading,
+        trained_head=bool(_whole(config)),
+        adapted_inputs=sum(shape.linear[module][1] for module in chosen) // shape.layers,
+    )
+
+
+def _weight_bytes(shape: ModelShape, config: TrainConfig, bytes_each: int) -> float:
+    """Count the base in memory: only linear modules of layers are quantised, by either engine."""
+    quantization = config.quantization
+    if shape.stored:
+        return shape.stored + shape.other * bytes_each
+    each: float = bytes_each
+    if quantization.load_in_4bit:  # blocks of 64 share a float32 scale; quantised again, 8 bits and 4 bytes for 256
+        each = 0.5 + ((1 + 4 / 256) / 64 if quantization.use_double_quant else 4 / 64)
+    elif quantization.load_in_8bit:
+        each = 1.0
+    elif form := quantization.mlx_format:  # a scale and a bias a group, or a scale of one byte
+        scales = 2 * bytes_each if form["mode"] == "affine" else 1
+        each = form["bits"] / 8 + scales / form["group_size"]
+    return shape.quantisable * each + shape.other * bytes_each
+
+
+def gigabytes(count: float) -> str:
+    """Write bytes as a person reads them."""
+    return f"{count / 1e9:.2f} GB" if count < 9.995e9 else f"{count / 1e9:.1f} GB"
+
+
+def half_up(value: int) -> int:
+    """Halve a count, never below 1."""
+    return max(1, math.ceil(value / 2))

@@ -1,0 +1,45 @@
+"""How much memory a device has left for torch, how fast it multiplies, and what torch raises when it is full."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import torch
+
+from common.engine import DeviceMemory
+from torch_backend.compiled import can_compile
+from torch_backend.model import choose_device
+
+SIDES = {"cuda": 8192, "mps": 2048, "cpu": 512}  # of the matrices that are multiplied
+REPEATS = 4
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Return the device that the config means; raises MachineError where it isn't there."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        free = torch.cuda.mem_get_info(chosen)[0]
+        return DeviceMemory("cuda", torch.cuda.get_device_name(chosen), free, can_compile(chosen))
+    if chosen.type == "mps":
+        return DeviceMemory("mps", "the Apple GPU (MPS)", torch.mps.recommended_max_memory())
+    return DeviceMemory("cpu", "the CPU", psutil.virtual_memory().available)
+
+
+def matmul_rate(device: str) -> float:
+    """Time products of square matrices, after one that warms up: FLOP/s."""
+    chosen = choose_device(device)
+    side = SIDES[chosen.type]
+    matrix = torch.ones(side, side, device=chosen, dtype=torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    (matrix @ matrix)[0, 0].item()
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        product = matrix @ matrix
+    product[0, 0].item()  # waits for the device
+    return REPEATS * 2 * side**3 / (time.perf_counter() - began)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out: CUDA's own class, or the CPU allocator's RuntimeError."""
+    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_host or isinstance(error, torch.OutOfMemoryError)
