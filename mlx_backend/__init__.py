@@ -23,10 +23,14 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     blas = use_fast_blas()
     if blas.startswith("warning"):
         logging.getLogger(__name__).warning(blas)
+    import mlx.core as mx
+
     # Read at MLX's first evaluation. By default it walks wide graphs depth first, so that one stream's work comes
-    # nearly to its end before the next one's begins: 3.1 s a step of SmolLM2 on two cores against 2.2 s. Walked so,
-    # checkpointed layers are all computed again before the first is needed: twice the memory (measured, a mid shape).
-    if not config.gradient_checkpointing:
+    # nearly to its end before the next one's begins: 3.1 s a step of SmolLM2 on two cores against 2.2 s. Only a CPU has
+    # several streams here. Walked so, checkpointed layers are all computed again before the first is needed: twice the
+    # memory (measured, a mid shape).
+    on_cpu = config.device == "cpu" or (config.device == "auto" and mx.default_device().type == mx.cpu)
+    if on_cpu and not config.gradient_checkpointing:
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
     from mlx_backend.engine import MLXEngine
 
