@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
+from common.base.hub import resolve_model
 from common.batches import BatchPlan
 from common.config import TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_training
-from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
-from common.hub import resolve_model
 from common.initial import starting_weights
 from common.lora import as_stored
+from common.view.display import say
 
 WARM_UP = 2  # steps: the first compiles, and on some devices the second does too
 

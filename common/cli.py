@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from common.errors import TwintuneError, UserError
-from common.signals import LastingStream, outlive_terminal
+from common.runs.signals import LastingStream, outlive_terminal
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
@@ -127,8 +127,8 @@ def generate(
     device: DeviceOption = None,
 ) -> None:
     """Print the model's answer to a prompt as it comes."""
-    from common import talk
     from common.sampling import Sampling
+    from common.view import talk
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     talk.answer_once(talk.open_model(model, adapter, engine, device), prompt, system, sampling)
@@ -148,8 +148,8 @@ def chat(
     device: DeviceOption = None,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends."""
-    from common import talk
     from common.sampling import Sampling
+    from common.view import talk
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     talk.converse(talk.open_model(model, adapter, engine, device), system, sampling)
@@ -163,7 +163,7 @@ def preview(
     overrides: SetOption = None,
 ) -> None:
     """Show training examples as the model sees them, with the supervised tokens marked."""
-    from common.preview import preview_data
+    from common.view.preview import preview_data
 
     preview_data(_load(config, None, None, overrides), number, as_json)
 
@@ -206,7 +206,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Say what this machine can run and what to mend, and train a tiny model on every engine here."""
-    from common import doctor as examination
+    from common.doctor import doctor as examination
 
     if model:
         examination.examine_model(model, as_json)
@@ -219,7 +219,7 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir.")], as_json: JsonOption = False
 ) -> None:
     """Show how a run stands, from another terminal; on a terminal, follow it until it ends or Ctrl-C."""
-    from common.status import show
+    from common.view.status import show
 
     show(run, as_json)
 
@@ -283,13 +283,13 @@ def convert(
     if tokens and dtype:
         raise UserError(f"--dtype {dtype}: --add-tokens leaves the weights as they are; leave one of the two out")
     if tokens:
-        from common.vocabulary import add_tokens
+        from common.base.vocabulary import add_tokens
 
         growth = add_tokens(model, output, tokens)
         print(f"{output} is ready: {len(tokens)} new tokens, {growth.rows:,} rows; train them with")
         print("  lora: {modules_to_save: [embed_tokens, lm_head]}")
         return
-    from common.gguf import convert_gguf
+    from common.base.gguf import convert_gguf
 
     convert_gguf(model, output, dtype or "float16")
     print(f"{output} is ready")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from common.doctor.finding import Finding
 from common.errors import MachineError
-from common.finding import Finding
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from common import display
+from common.base.weights import vocabulary_size
 from common.config import TrainConfig
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset, load_training, report_lines
@@ -15,10 +15,10 @@ from common.data.records import read_examples
 from common.data.sources import Split
 from common.data.tokenise import DataReport
 from common.data.tokens import TokenDataset
-from common.display import say
 from common.errors import UserError
 from common.evaluate import Question, make_questions
-from common.weights import vocabulary_size
+from common.view import display
+from common.view.display import say
 
 
 @dataclass(frozen=True)

@@ -17,39 +17,39 @@ from typing import TextIO
 
 from rich.console import Console
 
-from common import display
-from common.adapter import check_adapter, fitted_weights, lora_of, peft_config, read_adapter
-from common.awake import kept_awake
+from common.adapters.adapter import check_adapter, fitted_weights, lora_of, peft_config, read_adapter
+from common.base.hub import resolve_model
+from common.base.quantized import stored_format
+from common.base.weights import fingerprint, read_model_config
 from common.batches import BatchPlan
-from common.checkpoint import AdapterFiles
 from common.config import QuantizationConfig, TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset
-from common.display import say
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import Interrupted, UserError
 from common.estimate.guard import refuse_hopeless
 from common.estimate.workload import planned_workload
 from common.evaluate import Comparison, Evaluation, compare_answers, evaluate
-from common.facts import gather_facts, num_trainable
-from common.finish import Ending
-from common.hub import resolve_model
 from common.initial import starting_weights
 from common.inputs import TestSet, read_test, read_training
-from common.live import make_reporter
 from common.lora import as_stored
-from common.metrics import MetricsLog
-from common.progress import LoggedReporter, Reporter, clock, print_event
-from common.quantized import stored_format
-from common.record import RunRecord
-from common.run import Identity, RunFolder, Start, alone_in, refuse_other_run
-from common.saving import next_save_text
-from common.signals import stop_on_signals
-from common.start import StartAdapter, begin_from, is_plain_adapter, read_start
-from common.trackers import TrackedRun, Tracker, import_trackers
-from common.tracking import TrackedReporter
+from common.runs.awake import kept_awake
+from common.runs.checkpoint import AdapterFiles
+from common.runs.facts import gather_facts, num_trainable
+from common.runs.finish import Ending
+from common.runs.record import RunRecord
+from common.runs.run import Identity, RunFolder, Start, alone_in, refuse_other_run
+from common.runs.saving import next_save_text
+from common.runs.signals import stop_on_signals
+from common.runs.start import StartAdapter, begin_from, is_plain_adapter, read_start
 from common.trainer import Trainer
-from common.weights import fingerprint, read_model_config
+from common.view import display
+from common.view.display import say
+from common.view.live import make_reporter
+from common.view.metrics import MetricsLog
+from common.view.progress import LoggedReporter, Reporter, clock, print_event
+from common.view.trackers import TrackedRun, Tracker, import_trackers
+from common.view.tracking import TrackedReporter
 
 # A LoRA step is forward and the backward of activations, twice a forward alone, and a little of its own.
 STEP_PER_FORWARD = 2.4

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from common.batches import BatchPlan, chain_hash, evaluation_batches
-from common.best import Best
-from common.checkpoint import newest_intact
 from common.config import TrainConfig
 from common.data.tokens import TokenDataset
 from common.engine import Engine, Handle, StepBatch, StepResult
 from common.errors import DiskError, UserError
 from common.estimate.guard import explained
-from common.metrics import MetricsLog, is_spike
-from common.progress import Reporter
-from common.saving import Clock, Saver
+from common.runs.best import Best
+from common.runs.checkpoint import newest_intact
+from common.runs.saving import Clock, Saver
+from common.runs.signals import StopRequest
 from common.schedule import learning_rate_at, warmup_step_count
-from common.signals import StopRequest
+from common.view.metrics import MetricsLog, is_spike
+from common.view.progress import Reporter
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
+    from common.doctor.finding import Finding
     from common.engine import DeviceMemory, Engine
-    from common.finding import Finding
 
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:

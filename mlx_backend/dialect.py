@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.base.weights import rope_in_both_forms
 from common.errors import MachineError, UserError
-from common.weights import rope_in_both_forms
 
 Config = Mapping[str, Any]
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from common.base.weights import read_model_config
 from common.config import LoraConfig, TrainConfig
 from common.cpus import available_cpus
 from common.engine import Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
@@ -30,7 +31,6 @@ from common.lora import (
 )
 from common.memory import process_memory
 from common.sampling import Sampling
-from common.weights import read_model_config
 from mlx_backend.attention import Packing, SideBySide, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from common.finding import Finding
+from common.doctor.finding import Finding
 
 COMPILERS = ("cc", "gcc", "clang", "g++", "c++")
 

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model
 
+from common.base.quantized import check_quantization, stored_format
+from common.base.weights import read_model_config
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
-from common.quantized import check_quantization, stored_format
-from common.weights import read_model_config
 from mlx_backend.amend import amend
 from mlx_backend.dialect import translated
 from mlx_backend.head import output_head

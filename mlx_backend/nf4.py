@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from common.four_bit import BLOCK, CODE_BOOKS, NESTED_BLOCK, nest_scales, rounding_bounds
+from common.base.four_bit import BLOCK, CODE_BOOKS, NESTED_BLOCK, nest_scales, rounding_bounds
 
 PART = 2**19  # numbers packed at a time, whole blocks
 SMALLEST = 1e-38  # what bitsandbytes divides by where a block is all zero
@@ -32,7 +32,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Scales:
-    """Hold the absmax of each block: float32, or 8 bits with what they mean (common/four_bit.py)."""
+    """Hold the absmax of each block: float32, or 8 bits with what they mean (common/base/four_bit.py)."""
 
     absmax: mx.array
     nested_absmax: mx.array | None = None

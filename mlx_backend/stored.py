@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from common.four_bit import WeightDescription, described_modules
+from common.base.four_bit import WeightDescription, described_modules
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.lora import module_at
 from mlx_backend.names import followed_classes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.weights import rope_in_both_forms
+from common.base.weights import rope_in_both_forms
 from mlx_backend.blas import use_fast_blas
 
 ROOT = Path(__file__).parent.parent

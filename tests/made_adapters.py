@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM
 
-from common.adapter import CONFIG_NAME, WEIGHTS_NAME
-from common.adapter_files import MLX_WEIGHTS_NAME
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from common.adapters.files import MLX_WEIGHTS_NAME
 from common.engine import Array
 
 TOKENS = np.random.default_rng(7).integers(1, 400, (2, 11)).astype(np.int32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.adapter import (
+from common.adapters.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_adapter,
@@ -17,7 +17,7 @@ from common.adapter import (
     save_tensors,
     write_adapter,
 )
-from common.adapter_files import read_adapter_config
+from common.adapters.files import read_adapter_config
 from common.config import LoraConfig
 from common.errors import UserError
 from common.initial import initial_weights

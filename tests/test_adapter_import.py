@@ -33,16 +33,17 @@ from safetensors.torch import save_file as save_torch
 from tiny_models import write_llama
 from tiny_tokenizer import CORPUS
 
-from common import launch, talk
-from common.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
-from common.adapter_files import MLX_WEIGHTS_NAME
+from common import launch
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
+from common.adapters.files import MLX_WEIGHTS_NAME
+from common.base.weights import rope_in_both_forms
 from common.config import TrainConfig
 from common.engine import Array, TrainState
 from common.errors import UserError
 from common.export.export import Request, export
 from common.lora import lora_a_key, magnitude_key
-from common.start import is_plain_adapter
-from common.weights import rope_in_both_forms
+from common.runs.start import is_plain_adapter
+from common.view import talk
 from mlx_backend.model import choose_device
 
 ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from made_adapters import edit, peft_model, save_mlx
 from safetensors.numpy import load_file, save_file
 
-from common import talk
-from common.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
-from common.adapter_files import MLX_WEIGHTS_NAME
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
+from common.adapters.files import MLX_WEIGHTS_NAME
 from common.config import TrainConfig
 from common.engine import Array, TrainState
 from common.errors import UserError
 from common.lora import lora_a_key, lora_b_key
-from common.start import read_start
+from common.runs.start import read_start
+from common.view import talk
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = lora_a_key(MODULE), lora_b_key(MODULE)

@@ -15,7 +15,7 @@ from engines import ENGINES, make_batches, open_fresh
 from test_engine_contract import random_state
 from tiny_models import FAMILIES, YARN, write_family
 
-from common.adapter import peft_config, write_adapter
+from common.adapters.adapter import peft_config, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.engine import Engine, TrainState

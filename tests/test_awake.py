@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.awake import kept_awake
+from common.runs.awake import kept_awake
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from tiny_run import Run, states_equal, untimed
 
-from common.best import Best
-from common.checkpoint import load_checkpoint
+from common.runs.best import Best
+from common.runs.checkpoint import load_checkpoint
 
 FALLS_AND_RISES = {2: 1.0, 4: 0.8, 6: 0.9, 8: 0.85, 10: 0.7, 12: 0.6}
 LOWEST_AT_4 = {2: 1.0, 4: 0.8, 6: 0.9, 8: 0.85, 10: 0.9, 12: 0.95}

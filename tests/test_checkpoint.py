@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from common.adapter import CONFIG_NAME, WEIGHTS_NAME, peft_config
-from common.checkpoint import (
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, peft_config
+from common.config import LoraConfig, TrainConfig
+from common.data.chat import ChatTokenizer
+from common.engine import TrainState
+from common.errors import UserError
+from common.lora import lora_a_key, lora_b_key
+from common.runs.checkpoint import (
     MANIFEST_NAME,
     OPTIMIZER_NAME,
     STATE_NAME,
@@ -24,11 +29,6 @@ from common.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from common.config import LoraConfig, TrainConfig
-from common.data.chat import ChatTokenizer
-from common.engine import TrainState
-from common.errors import UserError
-from common.lora import lora_a_key, lora_b_key
 
 SHAPES = {lora_a_key("layers.0.q_proj"): (4, 16), lora_b_key("layers.0.q_proj"): (8, 4)}
 FILES = (

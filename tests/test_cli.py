@@ -21,13 +21,13 @@ import pytest
 from rich.console import Console
 from tiny_models import write_llama
 
-from common.adapter import read_adapter
-from common.checkpoint import checkpoints, damage
+from common.adapters.adapter import read_adapter
+from common.base.hub import resolve_model
 from common.config import load_config
 from common.errors import UserError
-from common.hub import resolve_model
 from common.launch import evaluate_adapter
-from common.talk import open_model
+from common.runs.checkpoint import checkpoints, damage
+from common.view.talk import open_model
 
 ENGINES = ("mlx", "torch")
 VERBS = ("train", "evaluate", "generate", "chat", "preview", "convert", "doctor", "status", "report")

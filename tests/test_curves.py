@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.curves import current, last, smoothed, sparkline
+from common.view.curves import current, last, smoothed, sparkline
 
 
 def test_smoothing_is_the_weighted_mean_of_all_values_so_far():

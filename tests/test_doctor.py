@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import EXPERTS, WINDOW, write_family, write_llama
 
-from common import agreement, machine, selftest
-from common.agreement import examine_model
+from common.doctor import agreement, machine, selftest
+from common.doctor.agreement import examine_model
+from common.doctor.finding import Finding
+from common.doctor.packages import examine_packages
+from common.doctor.selftest import self_test
+from common.doctor.shorten import layers_to_keep, write_shortened
 from common.engine import examine_engine
 from common.errors import MachineError
-from common.finding import Finding
-from common.packages import examine_packages
-from common.selftest import self_test
-from common.shorten import layers_to_keep, write_shortened
 
 PMSET = "Note: No thermal warning level has been recorded\n\tCPU_Scheduler_Limit = 100\n\tCPU_Speed_Limit \t= 62\n"
 

@@ -7,7 +7,7 @@ import pytest
 from engines import DEVICE, ENGINES, make_batches, open_fresh
 from safetensors.numpy import load_file
 
-from common.adapter import peft_config, write_adapter
+from common.adapters.adapter import peft_config, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import TrainState, open_engine

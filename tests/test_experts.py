@@ -11,7 +11,7 @@ from test_lora_family import assert_close, logits_of, moved, peft_training, toke
 from test_lora_family import train as train_steps
 from tiny_models import write_family
 
-from common.adapter import lora_of, peft_config, read_adapter, write_adapter
+from common.adapters.adapter import lora_of, peft_config, read_adapter, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.errors import UserError

@@ -50,7 +50,7 @@ def test_mlx_lm_loads_the_mlx_export(tmp_path: Path, model: Path, adapter: Path)
     mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
     from mlx_lm.tuner.utils import load_adapters
 
-    from common.weights import read_model_config, rope_in_both_forms
+    from common.base.weights import read_model_config, rope_in_both_forms
 
     run_export(adapter, tmp_path / "out", "mlx")
     base, _ = utils.load_model(model, model_config=rope_in_both_forms(read_model_config(model)))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from engines import ENGINES
 
-from common.checkpoint import checkpoints, damage
-from common.metrics import read_metrics
+from common.runs.checkpoint import checkpoints, damage
+from common.view.metrics import read_metrics
 
 KILLS = int(os.environ.get("TWINTUNE_FAULTS", "4"))
 STEPS = 8

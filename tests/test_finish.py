@@ -10,11 +10,11 @@ from rich.console import Console
 from tiny_run import Run, ScriptedEngine
 
 from common import launch
-from common.adapter import read_adapter
-from common.best import Best
-from common.checkpoint import load_checkpoint
+from common.adapters.adapter import read_adapter
 from common.config import TrainConfig
 from common.errors import DiskError, Interrupted, UserError
+from common.runs.best import Best
+from common.runs.checkpoint import load_checkpoint
 
 LOWEST_AT_4 = {4: 0.8, 8: 0.9, 12: 0.85}
 LOWEST_AT_12 = {4: 0.8, 8: 0.9, 12: 0.75}

@@ -9,7 +9,7 @@ from golden.four_bit import CASES, PATH, digest, made_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.four_bit import CODE_BOOKS, NESTED_BLOCK, WeightDescription, dynamic_code, nest_scales
+from common.base.four_bit import CODE_BOOKS, NESTED_BLOCK, WeightDescription, dynamic_code, nest_scales
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -22,10 +22,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, ReaderTensor, TokenType
 from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common import gguf as gguf_module
+from common.base import gguf as gguf_module
+from common.base.gguf import TensorPlan, convert_gguf, tensor_blocks
+from common.base.tensor_files import encode
 from common.errors import UserError
-from common.gguf import TensorPlan, convert_gguf, tensor_blocks
-from common.tensor_files import encode
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -549,7 +549,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 
 def test_converting_imports_no_framework() -> None:
-    code = "import sys, common.gguf; print({'torch', 'transformers', 'mlx'} & sys.modules.keys())"
+    code = "import sys, common.base.gguf; print({'torch', 'transformers', 'mlx'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

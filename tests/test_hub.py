@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.base.hub import resolve_model
 from common.errors import UserError
-from common.hub import resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "acme/tiny"
@@ -147,7 +147,7 @@ def test_no_network_is_said_at_once(preview: Callable):
 
 def test_a_network_that_swallows_everything_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Behind a firewall the hub library alone would wait for ever, and this test with it."""
-    monkeypatch.setattr("common.hub.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("common.base.hub.ANSWER_SECONDS", 0.5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from common.config import TrainConfig
-from common.live import TerminalReporter, make_reporter, view
-from common.progress import JsonReporter, PlainReporter
-from common.saving import next_save, next_save_text
+from common.runs.saving import next_save, next_save_text
+from common.view.live import TerminalReporter, make_reporter, view
+from common.view.progress import JsonReporter, PlainReporter
 
 ROW = {
     "step": 40,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.lock import LOCK_NAME, locked
+from common.runs.lock import LOCK_NAME, locked
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
-import sys; from pathlib import Path; from common.lock import locked
+import sys; from pathlib import Path; from common.runs.lock import locked
 with locked(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()

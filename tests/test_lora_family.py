@@ -11,7 +11,7 @@ from tiny_models import write_family
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from common.adapter import EMBEDDING_KEY, HEAD_KEY, lora_of, peft_config, write_adapter
+from common.adapters.adapter import EMBEDDING_KEY, HEAD_KEY, lora_of, peft_config, write_adapter
 from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.engine import Array, Engine, TrainState

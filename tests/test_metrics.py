@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-import common.metrics
+import common.view.metrics
 from common.errors import DiskError
 from common.files import append_text
-from common.metrics import FEWEST, RECENT, MetricsLog, is_spike, read_metrics
-from common.progress import evaluated, figures
+from common.view.metrics import FEWEST, RECENT, MetricsLog, is_spike, read_metrics
+from common.view.progress import evaluated, figures
 
 
 def row(step: int) -> dict:
@@ -85,11 +85,11 @@ def test_rows_wait_while_the_disk_is_full_and_come_in_order_when_it_is_not(tmp_p
     def full(path, text):
         raise DiskError(f"{path}: the disk is full")
 
-    monkeypatch.setattr(common.metrics, "append_text", full)
+    monkeypatch.setattr(common.view.metrics, "append_text", full)
     assert log.append(row(2)) == f"{path}: the disk is full. The rows of metrics wait in memory until then"
     assert log.append(row(3)) is None  # told once
     assert read_metrics(path) == [row(1)]
-    monkeypatch.setattr(common.metrics, "append_text", append_text)
+    monkeypatch.setattr(common.view.metrics, "append_text", append_text)
     assert log.append(row(4)) is None
     assert read_metrics(path) == [row(step) for step in (1, 2, 3, 4)]
     assert log.append(row(5)) is None

@@ -7,7 +7,7 @@ from common.batches import BatchPlan
 from common.config import TrainConfig
 from common.data.tokenise import DataReport
 from common.data.tokens import TokenDataset, build_dataset
-from common.preview import sum_up
+from common.view.preview import sum_up
 
 
 def data_of(lengths: list[int]) -> TokenDataset:

@@ -10,12 +10,12 @@ from engines import ENGINES, make_batches, open_fresh
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES, write_family, write_llama
 
+from common.base.weights import check_model_folder, tensor_names
 from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig
 from common.engine import Engine
 from common.errors import UserError
 from common.trainer import total_loss
-from common.weights import check_model_folder, tensor_names
 
 NF4 = {"load_in_4bit": True}
 DOUBLE = {"load_in_4bit": True, "use_double_quant": True}

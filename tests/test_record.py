@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import Interrupted, UserError
-from common.record import RECORD_NAME, RunRecord, read_record
+from common.runs.record import RECORD_NAME, RunRecord, read_record
 
 
 def test_a_finished_run_says_so_and_how_long_it_took(tmp_path):

@@ -20,14 +20,14 @@ from common.batches import BatchPlan
 from common.config_checks import flat
 from common.data.tokenise import DataReport
 from common.errors import MachineError, UserError
-from common.facts import gather_facts
 from common.inputs import TrainingData
-from common.record import RunRecord
 from common.report import plots as plotting
 from common.report.page import answer_cards, changed_rows, render_page, score_rows, shown, table_rows
 from common.report.plots import DASHES, LINES, MARKERS, draw_plots, smooth_of, spread
 from common.report.runs import RunData, names_of, read_runs
 from common.report.write import write_report
+from common.runs.facts import gather_facts
+from common.runs.record import RunRecord
 
 NASTY = '<script>alert("x")</script> & "quoted"'
 SCORES = {"base": {"num_examples": 4, "exact_match": 0.0}, "adapter": {"num_examples": 4, "exact_match": 0.75}}

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from common.adapter import peft_config, read_adapter
-from common.checkpoint import AdapterFiles
+from common.adapters.adapter import peft_config, read_adapter
 from common.config import TrainConfig
 from common.data.chat import ChatTokenizer
 from common.engine import TrainState
 from common.errors import UserError
-from common.run import Identity, RunFolder, alone_in, refuse_other_run
+from common.runs.checkpoint import AdapterFiles
+from common.runs.run import Identity, RunFolder, alone_in, refuse_other_run
 from common.trainer import Progress
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight" for name in "AB")
@@ -184,7 +184,7 @@ def test_a_run_clears_its_folder_and_has_it_alone(output: Path):
 
 def test_without_a_lock_nothing_is_cleared(output: Path, monkeypatch: pytest.MonkeyPatch):
     (output / ".checkpoint-4.tmp-1234567").mkdir(parents=True)
-    monkeypatch.setattr("common.lock._lock", lambda handle: False)
+    monkeypatch.setattr("common.runs.lock._lock", lambda handle: False)
     with alone_in(output, print):
         assert (output / ".checkpoint-4.tmp-1234567").is_dir()  # it may be another run's, at work
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_run import Run, states_equal, untimed
 
-from common.best import Best
-from common.checkpoint import checkpoints, damage
 from common.errors import UserError
-from common.run import RunFolder
+from common.runs.best import Best
+from common.runs.checkpoint import checkpoints, damage
+from common.runs.run import RunFolder
 
 # ---- by the clock
 

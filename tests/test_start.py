@@ -13,12 +13,12 @@ from engines import DEVICE, ENGINES
 from rich.console import Console
 
 from common import launch
-from common.adapter import read_adapter
-from common.checkpoint import load_checkpoint
+from common.adapters.adapter import read_adapter
 from common.config import TrainConfig
 from common.errors import Interrupted, UserError
-from common.metrics import read_metrics
-from common.start import is_plain_adapter, read_start
+from common.runs.checkpoint import load_checkpoint
+from common.runs.start import is_plain_adapter, read_start
+from common.view.metrics import read_metrics
 
 MODULES = ["q_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": MODULES}

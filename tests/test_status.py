@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from common import status
 from common.errors import UserError
-from common.metrics import read_metrics
-from common.status import look, plain, status_of
+from common.view import status
+from common.view.metrics import read_metrics
+from common.view.status import look, plain, status_of
 
 FAKE_RUN = Path(__file__).parent / "fake_run.py"
 STEPS = 400

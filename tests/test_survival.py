@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint import checkpoints, damage
-from common.metrics import read_metrics
+from common.runs.checkpoint import checkpoints, damage
+from common.view.metrics import read_metrics
 
 PROGRAM = Path(__file__).parent / "fake_run.py"
 STEPS = 6

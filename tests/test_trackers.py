@@ -16,8 +16,8 @@ from tiny_run import NoteReporter
 
 from common.config import TrainConfig
 from common.errors import MachineError, UserError
-from common.trackers import TrackedRun, import_trackers, prefixed
-from common.tracking import TrackedReporter
+from common.view.trackers import TrackedRun, import_trackers, prefixed
+from common.view.tracking import TrackedReporter
 
 ROWS = [
     {"step": 1, "epoch": 0.5, "loss": 2.0, "learning_rate": 0.1, "peak_memory_bytes": 2000},

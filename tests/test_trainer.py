@@ -12,10 +12,10 @@ import pytest
 from tiny_run import Run, states_equal, untimed
 
 from common.batches import chain_hash
-from common.checkpoint import load_checkpoint
 from common.data.tokens import build_dataset
 from common.errors import UserError
-from common.signals import stop_on_signals
+from common.runs.checkpoint import load_checkpoint
+from common.runs.signals import stop_on_signals
 from common.trainer import mean_loss
 
 KEYS = {

@@ -11,13 +11,13 @@ from safetensors.numpy import load_file
 from tiny_models import VOCABULARY, write_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.base.vocabulary import add_tokens
 from common.config import LoraConfig
 from common.data.chat import ChatTokenizer
 from common.data.tokens import build_dataset
 from common.engine import StepBatch
 from common.errors import UserError
 from common.layout import make_micro_batch
-from common.vocabulary import add_tokens
 
 NEW = ["<call>", "</call>", "kitchen light"]
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.errors import UserError
-from common.weights import (
+from common.base.weights import (
     check_model_folder,
     fingerprint,
     read_header,
@@ -19,6 +18,7 @@ from common.weights import (
     vocabulary_size,
     weight_files,
 )
+from common.errors import UserError
 
 LLAMA3 = {
     "rope_type": "llama3",

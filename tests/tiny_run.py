@@ -5,19 +5,19 @@ from pathlib import Path
 import numpy as np
 from fake_engine import FakeEngine, FakeHandle
 
-from common.adapter import peft_config
+from common.adapters.adapter import peft_config
 from common.batches import BatchPlan
-from common.checkpoint import AdapterFiles, checkpoints, step_of
 from common.config import DataConfig, LoraConfig, TrainConfig
 from common.data.tokens import TokenDataset, build_dataset
 from common.engine import MicroBatch, StepResult, TrainState
 from common.errors import DiskError
-from common.finish import Ending
 from common.initial import initial_weights
-from common.metrics import MetricsLog, read_metrics
-from common.run import Identity, RunFolder
-from common.signals import StopRequest
+from common.runs.checkpoint import AdapterFiles, checkpoints, step_of
+from common.runs.finish import Ending
+from common.runs.run import Identity, RunFolder
+from common.runs.signals import StopRequest
 from common.trainer import Progress, Trainer
+from common.view.metrics import MetricsLog, read_metrics
 
 
 def examples(count: int, seed: int = 0, longest: int = 9) -> TokenDataset:

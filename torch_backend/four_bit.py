@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit layers as both engines must have them: the same numbers on every machine.
 
-Three things are put right after a load. Double quantisation is ours (common/four_bit.py says why). Forward and
+Three things are put right after a load. Double quantisation is ours (common/base/four_bit.py says why). Forward and
 backward pass unpack to the run's dtype, where a stored checkpoint would bring its own. And on CPUs with AVX512
 bitsandbytes 0.50 reads wrong scales where rows are no multiple of a block; there `FlatLinear4bit` unpacks the weight
 as one long row. The cost: until a layer is settled its scales are in 32 bits, a tenth of the packed model.
@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.nn import functional as F
 
-from common.four_bit import NESTED_BLOCK, nest_scales
+from common.base.four_bit import NESTED_BLOCK, nest_scales
 
 
 def settle(model: nn.Module, double: bool, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from common.finding import Finding
+from common.doctor.finding import Finding
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
 # NF4 rounds normal weights by 0.07 on average; a broken kernel returns zeros or noise.

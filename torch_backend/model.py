@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from common.base.quantized import BITSANDBYTES_4BIT, check_quantization, stored_format
+from common.base.weights import read_model_config
 from common.config import QuantizationConfig
 from common.errors import MachineError, UserError
-from common.quantized import BITSANDBYTES_4BIT, check_quantization, stored_format
-from common.weights import read_model_config
 from torch_backend.heap import without_holes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.base.hub import read_headers
+from common.base.weights import read_header, read_model_config, weight_files
 from common.errors import UserError
-from common.hub import read_headers
-from common.weights import read_header, read_model_config, weight_files
 
 TOWERS = ("vision", "visual", "audio", "multi_modal_projector")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embeddings")

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from common.config import TrainConfig, require_trainable
 from common.config_file import read_config_file
-from common.display import say
 from common.engine import LIBRARIES, DeviceMemory, choose_engine, device_memory, installed, matmul_rate
 from common.errors import MachineError, UserError
 from common.estimate.changes import Change
@@ -22,7 +21,8 @@ from common.estimate.memory import PARTS, Memory, estimate_memory, gigabytes
 from common.estimate.shape import ModelShape, read_shape
 from common.estimate.workload import Workload, read_workload
 from common.files import write_text
-from common.progress import clock
+from common.view.display import say
+from common.view.progress import clock
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.adapter import lora_of, read_adapter
-from common.adapter_checks import without_base_copies
+from common.adapters.adapter import lora_of, read_adapter
+from common.adapters.checks import without_base_copies
 from common.config import LoraConfig
 from common.engine import Array
 from common.lora import lora_a_key, lora_b_key, magnitude_key, module_of_key, module_scaling, saved_key

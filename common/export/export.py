@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from common.adapter import lora_of, read_adapter
-from common.adapter_checks import without_base_copies
+from common.adapters.adapter import lora_of, read_adapter
+from common.adapters.checks import without_base_copies
+from common.base.hub import resolve_model
 from common.config import TrainConfig
-from common.display import say
 from common.engine import choose_engine
 from common.errors import UserError
 from common.export.adapt import one_alpha
@@ -31,7 +31,7 @@ from common.export.push import check_push, push
 from common.export.readers import Format, Reader, find_reader
 from common.export.source import RUN_CONFIG, Source
 from common.files import new_folder
-from common.hub import resolve_model
+from common.view.display import say
 
 QUANTISED = (4, 5, 6, 8)  # bits of MLX's format
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType
 
+from common.base.gguf import llama3_factors
+from common.base.weights import rope_in_both_forms
 from common.engine import Array
 from common.errors import UserError
 from common.export.gguf_names import GgufNames
-from common.gguf import llama3_factors
-from common.weights import rope_in_both_forms
 
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
 FILE_TYPES = {

@@ -15,11 +15,11 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
+from common.base.tensor_files import TensorSpec, write_safetensors
+from common.base.weights import rope_in_both_forms
 from common.engine import Array
 from common.export.gguf_metadata import add_metadata, frequency_factors, model_metadata
 from common.export.gguf_names import gguf_names
-from common.tensor_files import TensorSpec, write_safetensors
-from common.weights import rope_in_both_forms
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 FACTORS = "rope_freqs.weight"

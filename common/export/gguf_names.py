@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
+from common.base.gguf import unpermuted_rows
 from common.engine import Array
 from common.errors import UserError
-from common.gguf import unpermuted_rows
 
 HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from common.base.tensor_files import TensorSpec
 from common.engine import Array, Engine
 from common.errors import UserError
 from common.export.adapter import Adapter, Part
 from common.export.source import Source
 from common.export.tensors import Tensors, model_tensors
 from common.lora import HEAD
-from common.tensor_files import TensorSpec
 
 EMBEDDING = "model.embed_tokens"
 # What lies beside a packed `<module>.weight` and means nothing without it, of MLX and bitsandbytes.

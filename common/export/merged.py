@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.base.tensor_files import TensorSpec, write_safetensors
+from common.base.weights import rope_in_both_forms
 from common.export.merge import MergedModel
 from common.export.source import Source
-from common.tensor_files import TensorSpec, write_safetensors
-from common.weights import rope_in_both_forms
 
 SHARD_BYTES = 5_000_000_000
 COPIED = ("generation_config.json",)

@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.adapter import CONFIG_NAME
+from common.adapters.adapter import CONFIG_NAME
+from common.base.tensor_files import TensorSpec, write_safetensors
 from common.engine import Engine
 from common.errors import UserError
 from common.export.adapt import layer_of, one_rank, refuse, with_zeros
 from common.export.adapter import Adapter
 from common.export.source import Source
-from common.tensor_files import TensorSpec, write_safetensors
 
 WEIGHTS = "adapters.safetensors"
 FOLDER = "mlx"

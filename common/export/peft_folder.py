@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.adapter import peft_config, write_adapter
+from common.adapters.adapter import peft_config, write_adapter
 from common.engine import Engine
 from common.export.adapter import Adapter, to_tensors
 from common.export.source import Source

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.adapter import check_adapter, fitted_weights
+from common.adapters.adapter import check_adapter, fitted_weights
+from common.base.weights import read_header, read_model_config, vocabulary_size, weight_files
 from common.config import TrainConfig
 from common.data.chat import TOKENIZER_FILES
 from common.engine import Array, Engine, TrainState, open_engine
 from common.errors import UserError
 from common.export.adapter import Adapter, by_layer, loadable
-from common.weights import read_header, read_model_config, vocabulary_size, weight_files
 
 RUN_CONFIG = "training_config.json"
 

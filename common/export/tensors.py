@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from common.base.weights import read_header, weight_files
 from common.engine import Array
-from common.weights import read_header, weight_files
 
 # safetensors' name of a float: (NumPy's type of the bytes, our name)
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from common.config_checks import flat
-from common.display import figure
-from common.progress import clock
 from common.report.plots import Plot
 from common.report.runs import RunData
+from common.view.display import figure
+from common.view.progress import clock
 
 HERE = Path(__file__).parent
 NONE = "–"

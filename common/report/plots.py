@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.curves import smoothed
 from common.errors import MachineError, UserError
 from common.report.runs import RunData
+from common.view.curves import smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

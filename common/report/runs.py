@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import STATE_NAME, checkpoints
 from common.errors import UserError
-from common.lock import holder
-from common.metrics import read_metrics
-from common.record import read_record
-from common.run import CONFIG_NAME, FINAL_NAME
-from common.status import look, status_of
+from common.runs.checkpoint import STATE_NAME, checkpoints
+from common.runs.lock import holder
+from common.runs.record import read_record
+from common.runs.run import CONFIG_NAME, FINAL_NAME
+from common.view.metrics import read_metrics
+from common.view.status import look, status_of
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.adapter import peft_config
+from common.adapters.adapter import peft_config
 from common.batches import BatchPlan
-from common.checkpoint import AdapterFiles
 from common.config import load_config
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset
 from common.engine import TrainState, open_engine
 from common.initial import initial_weights
-from common.run import Identity, RunFolder
+from common.runs.checkpoint import AdapterFiles
+from common.runs.run import Identity, RunFolder
 from common.trainer import Progress
 
 ROOT = Path(__file__).parents[2]

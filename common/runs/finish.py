@@ -5,15 +5,15 @@ An error comes last: all that still fits on the disk is written before it.
 
 from __future__ import annotations
 
-from common.best import Best
-from common.card import model_card
-from common.checkpoint import newest_intact, step_of
 from common.config import TrainConfig
 from common.engine import Engine
 from common.errors import DiskError, Interrupted, TwintuneError, UserError
-from common.progress import Reporter
-from common.run import RunFolder
+from common.runs.best import Best
+from common.runs.checkpoint import newest_intact, step_of
+from common.runs.run import RunFolder
 from common.trainer import Trainer
+from common.view.card import model_card
+from common.view.progress import Reporter
 
 
 class Ending:

@@ -16,10 +16,10 @@ import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
+from common.base.gguf_tokenizer import Vocabulary, read_vocabulary, tokenizer_files
+from common.base.tensor_files import STORED, TensorSpec, encode, safetensors_header
 from common.errors import UserError
 from common.files import new_folder
-from common.gguf_tokenizer import Vocabulary, read_vocabulary, tokenizer_files
-from common.tensor_files import STORED, TensorSpec, encode, safetensors_header
 
 ARCHITECTURES = ("llama",)
 # Settings of the llama architecture that we carry over or that change nothing.

@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.adapter import CONFIG_NAME as ADAPTER_NAME
-from common.best import Best
-from common.checkpoint import (
+from common.adapters.adapter import CONFIG_NAME as ADAPTER_NAME
+from common.config import TrainConfig, changed_keys
+from common.data.chat import TOKENIZER_FILES
+from common.engine import Engine, TrainState
+from common.errors import UserError
+from common.files import new_folder, sweep, write_text
+from common.runs.best import Best
+from common.runs.checkpoint import (
     MANIFEST_NAME,
     AdapterFiles,
     TrainerState,
@@ -27,12 +32,7 @@ from common.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from common.config import TrainConfig, changed_keys
-from common.data.chat import TOKENIZER_FILES
-from common.engine import Engine, TrainState
-from common.errors import UserError
-from common.files import new_folder, sweep, write_text
-from common.lock import locked
+from common.runs.lock import locked
 from common.trainer import Progress
 
 CONFIG_NAME = "training_config.json"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.weights import read_header, read_model_config, weight_files
+from common.base.weights import read_header, read_model_config, weight_files
 
 LARGE = 1_000_000_000  # bytes of weights; less is tried whole
 WINDOW = 8

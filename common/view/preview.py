@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.base.hub import resolve_model
 from common.batches import BatchPlan
 from common.config import TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_training, report_lines
 from common.data.tokenise import DataReport
 from common.data.tokens import TokenDataset
-from common.display import say
 from common.engine import Array
-from common.hub import resolve_model
 from common.layout import padded_length
+from common.view.display import say
 
 BAR = 24  # characters of the histogram's longest bar
 

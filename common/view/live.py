@@ -18,9 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.curves import current, sparkline
-from common.display import say
-from common.progress import Eta, JsonReporter, PlainReporter, Reporter, evaluated
+from common.view.curves import current, sparkline
+from common.view.display import say
+from common.view.progress import Eta, JsonReporter, PlainReporter, Reporter, evaluated
 
 SPARK_WIDTH = 24
 REDRAWS_PER_SECOND = 4

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from common.cpus import available_cpus
-from common.finding import Finding
+from common.doctor.finding import Finding
 
 LITTLE_MEMORY, LITTLE_DISK, NO_DISK = 4e9, 10e9, 1e9  # bytes
 HUB_SECONDS = 3.0

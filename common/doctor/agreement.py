@@ -1,7 +1,7 @@
 """Whether both engines compute the same with a model: logits and a gradient of random tokens under a random adapter.
 
-Both run on the CPU in float32, one after the other, on a shortened checkpoint (common/shorten.py): what differs there
-is a matter of names, config and code, not of rounding. The cost: longer contexts than a few tokens are not tried.
+Both run on the CPU in float32, one after the other, on a shortened checkpoint (common/doctor/shorten.py): what differs
+there is a matter of names, config and code, not of rounding. The cost: longer contexts than a few tokens are not tried.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from common.base.weights import read_header, vocabulary_size, weight_files
 from common.config import LoraConfig, TrainConfig
 from common.data.tokens import build_dataset
+from common.doctor.finding import Finding
+from common.doctor.shorten import write_shortened
 from common.engine import EXTRAS, Array, StepBatch, TrainState, installed, open_engine
 from common.errors import MachineError, TwintuneError
-from common.finding import Finding
 from common.initial import starting_weights
 from common.layout import make_micro_batch
-from common.shorten import write_shortened
-from common.weights import read_header, vocabulary_size, weight_files
 
 ENGINES = ("mlx", "torch")
 ROWS, LENGTH = 8, 12

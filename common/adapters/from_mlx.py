@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.adapter_checks import adapted_modules, deduced_rank
-from common.adapter_peft import whole
+from common.adapters.checks import adapted_modules, deduced_rank
+from common.adapters.from_peft import whole
 from common.engine import Array
 from common.errors import UserError
 from common.lora import MAGNITUDE, lora_a_key, lora_b_key, magnitude_key

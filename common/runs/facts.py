@@ -11,7 +11,7 @@ from common.batches import BatchPlan
 from common.data.tokens import TokenDataset
 from common.engine import Engine
 from common.inputs import TestSet, TrainingData
-from common.preview import sum_up
+from common.view.preview import sum_up
 
 
 def gather_facts(

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from common.doctor.finding import Finding
 from common.engine import EXTRAS, LIBRARIES, installed
-from common.finding import Finding
 
 
 def examine_packages(engine: str, needed: bool) -> Iterator[Finding]:

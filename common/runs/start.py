@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.adapter import fitted_weights, lora_of, read_adapter
-from common.adapter_checks import without_base_copies
-from common.adapter_files import CONFIG_NAME, adapter_path, open_adapter
-from common.checkpoint import MANIFEST_NAME, STATE_NAME
+from common.adapters.adapter import fitted_weights, lora_of, read_adapter
+from common.adapters.checks import without_base_copies
+from common.adapters.files import CONFIG_NAME, adapter_path, open_adapter
 from common.config import LoraConfig, TrainConfig
 from common.engine import Array, Engine
 from common.errors import UserError
 from common.lora import keeps_start, layer_of, module_of_key
+from common.runs.checkpoint import MANIFEST_NAME, STATE_NAME
 
 # What the weights mean depends on these.
 SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")

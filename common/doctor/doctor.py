@@ -13,9 +13,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.text import Text
 
+from common.doctor.finding import Finding
 from common.engine import LIBRARIES, choose_engine, examine_engine, installed
 from common.errors import MachineError
-from common.finding import Finding
 
 COLOURS = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
@@ -29,8 +29,8 @@ def examine(as_json: bool) -> None:
 
 def examine_model(name: str, as_json: bool) -> None:
     """Print whether both engines agree on a model; raises MachineError where they don't."""
-    from common import agreement
-    from common.hub import resolve_model
+    from common.base.hub import resolve_model
+    from common.doctor import agreement
 
     findings = list(_shown(agreement.examine_model(resolve_model(name)), as_json))
     if any(each.state == "wrong" for each in findings):
@@ -38,9 +38,9 @@ def examine_model(name: str, as_json: bool) -> None:
 
 
 def _machine() -> Iterator[Finding]:
-    from common.machine import examine_machine
-    from common.packages import examine_packages
-    from common.selftest import self_test
+    from common.doctor.machine import examine_machine
+    from common.doctor.packages import examine_packages
+    from common.doctor.selftest import self_test
 
     yield from examine_machine()
     there = [name for name in LIBRARIES if installed(name)]

@@ -18,18 +18,18 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from common.checkpoint import checkpoints
 from common.config import TrainConfig
-from common.curves import current, last, sparkline
-from common.display import say
 from common.errors import UserError
-from common.live import SPARK_WIDTH, view
-from common.lock import Holder, holder
-from common.metrics import read_metrics
-from common.progress import clock, evaluated, figures
-from common.record import read_record
-from common.run import CONFIG_NAME, FINAL_NAME
-from common.saving import next_save, next_save_text
+from common.runs.checkpoint import checkpoints
+from common.runs.lock import Holder, holder
+from common.runs.record import read_record
+from common.runs.run import CONFIG_NAME, FINAL_NAME
+from common.runs.saving import next_save, next_save_text
+from common.view.curves import current, last, sparkline
+from common.view.display import say
+from common.view.live import SPARK_WIDTH, view
+from common.view.metrics import read_metrics
+from common.view.progress import clock, evaluated, figures
 
 State = Literal["starting", "running", "finishing", "finished", "interrupted", "failed", "stopped"]
 LOOK_SECONDS = 1.0
@@ -217,7 +217,7 @@ def _state(seen: Look) -> State:
     ended = seen.record.get("ended")
     if seen.holder is None:
         if ended:
-            return ended["how"]  # type: ignore[no-any-return]  # as common/record.py writes it
+            return ended["how"]  # type: ignore[no-any-return]  # as common/runs/record.py writes it
         return "finished" if not seen.record and (seen.folder / FINAL_NAME).is_dir() else "stopped"
     if ended or not seen.record:
         return "starting"  # what was written is of an earlier start

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.adapter import fitted_weights, lora_of, read_adapter
+from common.adapters.adapter import fitted_weights, lora_of, read_adapter
+from common.base.hub import resolve_model
 from common.config import TrainConfig
 from common.data.chat import ChatTokenizer
 from common.data.records import RecordError
 from common.engine import Engine, TrainState, choose_engine, open_engine
 from common.errors import UserError
-from common.hub import resolve_model
 from common.sampling import Sampling
 
 Messages = list[dict[str, str]]

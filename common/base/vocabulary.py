@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from common.base.gguf import encode
+from common.base.weights import check_model_folder, read_header, read_model_config, vocabulary_size, weight_files
 from common.engine import Array
 from common.errors import UserError
 from common.files import new_folder
-from common.gguf import encode
-from common.weights import check_model_folder, read_header, read_model_config, vocabulary_size, weight_files
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 VOCABULARY_TENSORS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.adapter import save_tensors
+from common.adapters.adapter import save_tensors
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.data.tokens import build_dataset
+from common.doctor.finding import Finding
 from common.engine import EXTRAS, Engine, TrainState, open_engine
 from common.errors import TwintuneError
-from common.finding import Finding
 from common.initial import starting_weights
 
 VOCABULARY, HIDDEN, INNER, LAYERS, QUERIES, KEYS, HEAD = 96, 32, 48, 2, 4, 2, 12

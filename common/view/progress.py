@@ -1,4 +1,4 @@
-"""What is shown while a run goes on: plain lines here, JSON for programs, and on a terminal common/live.py."""
+"""What is shown while a run goes on: plain lines here, JSON for programs, and on a terminal common/view/live.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
-from common.display import say
+from common.view.display import say
 
 
 class Reporter(Protocol):

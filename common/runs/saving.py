@@ -2,7 +2,7 @@
 
 A disk that is full at step 500 may have room again at step 600, and the weights are safe in memory meanwhile; stopping
 would lose more than going on. The cost: whoever looks away long enough finds the error only when the run ends, where
-common/finish.py makes it one.
+common/runs/finish.py makes it one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.config import TrainConfig
 from common.errors import DiskError
-from common.progress import Reporter
+from common.view.progress import Reporter
 
 if TYPE_CHECKING:
     from common.trainer import Progress

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from common.adapter import WEIGHTS_NAME, check_adapter, read_adapter, save_tensors, write_adapter
+from common.adapters.adapter import WEIGHTS_NAME, check_adapter, read_adapter, save_tensors, write_adapter
 from common.engine import TrainState
 from common.errors import UserError
 from common.files import new_folder, remove_folder

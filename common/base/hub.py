@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.base.weights import check_model_folder, read_header, read_model_config, weight_files
 from common.errors import UserError
-from common.weights import check_model_folder, read_header, read_model_config, weight_files
 
 PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
 ANSWER_SECONDS = 10

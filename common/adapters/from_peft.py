@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.adapter_checks import BASE_COPY, deduced_rank
+from common.adapters.checks import BASE_COPY, deduced_rank
 from common.engine import Array
 from common.errors import UserError
 from common.lora import HEAD, PREFIX, lora_a_key, lora_b_key, magnitude_key, module_of_key, saved_key

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from common.progress import Reporter
-from common.trackers import TrackedRun, Tracker, Values
+from common.view.progress import Reporter
+from common.view.trackers import TrackedRun, Tracker, Values
 
 PATIENCE = 20.0  # seconds that a run waits at its end for all trackers together
 

@@ -15,15 +15,15 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from common.adapter_checks import check_base_copies, check_whole, without_base_copies
-from common.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter, read_tensors
-from common.adapter_mlx import from_mlx
-from common.adapter_peft import TIED, from_peft
+from common.adapters.checks import check_base_copies, check_whole, without_base_copies
+from common.adapters.files import CONFIG_NAME, WEIGHTS_NAME, open_adapter, read_tensors
+from common.adapters.from_mlx import from_mlx
+from common.adapters.from_peft import TIED, from_peft
+from common.base.tensor_files import TensorSpec, write_safetensors
 from common.config import LoraConfig
 from common.engine import Array, Engine
 from common.errors import UserError
 from common.lora import HEAD, saved_key
-from common.tensor_files import TensorSpec, write_safetensors
 
 EMBEDDING_KEY, HEAD_KEY = saved_key("model.embed_tokens"), saved_key(HEAD)
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something out of the base

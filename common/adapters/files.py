@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from common.base.weights import read_header
 from common.engine import Array
 from common.errors import UserError
-from common.weights import read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

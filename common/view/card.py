@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-from common.best import Best
 from common.config import LoraConfig, TrainConfig
 from common.engine import Engine
 from common.lora import as_stored, keeps_start
-from common.metrics import read_metrics
-from common.run import RunFolder
+from common.runs.best import Best
+from common.runs.run import RunFolder
 from common.trainer import Progress
+from common.view.metrics import read_metrics
 
 CARD = """---
 base_model: {base}

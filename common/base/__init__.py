@@ -1,0 +1,1 @@
+"""The base model on the disk: fetched, checked, converted, described."""

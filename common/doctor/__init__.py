@@ -1,0 +1,1 @@
+"""What a machine can run, and whether both engines agree on a model: `twintune doctor`."""
