@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.doctor.finding import Finding
 from common.errors import MachineError
 
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
+    from common.doctor.finding import Finding
     from common.sampling import Sampling
 
 PACKAGES = {"mlx": "mlx_backend", "torch": "torch_backend"}

@@ -57,6 +57,12 @@ def cache_folder() -> Path:
     return Path(named or f"{base}/twintune").expanduser()
 
 
+def refuse_occupied(output: Path, instead: str = "another") -> None:
+    """Raise UserError where something is at the place of a folder to write; `instead` says what to name."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: already exists; expected a new or empty folder; remove it or name {instead}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one rename; raises DiskError when the disk is full or can't be written."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

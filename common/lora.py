@@ -175,6 +175,12 @@ def select_parameters(parameters: Sequence[str], lora: LoraConfig) -> dict[str, 
     }
 
 
+def not_trainable_whole(module: str, quantised: bool) -> UserError:
+    """Return the error for a module of `modules_to_save` that is quantised, or has more than a weight."""
+    what = "is quantised, and can't be" if quantised else "has a bias, which can't be"
+    return UserError(f"lora.modules_to_save: {module} {what} trained whole; target it with lora.target_modules")
+
+
 def portable_target_modules(chosen: Sequence[str], linear: Sequence[str], lora: LoraConfig) -> list[str]:
     """Return the shortest `target_modules` that mean exactly `chosen` to a PEFT reader.
 

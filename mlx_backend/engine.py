@@ -154,14 +154,12 @@ class MLXEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
-        self._streams.rejoin()
-        self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
+        self._bind_weights()
         yield from generate(self._model, self._selection, prompts, sampling)
 
     def logits(self, token_ids: Array) -> Array:
         """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
-        self._streams.rejoin()
-        self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
+        self._bind_weights()
         return np.array(self._model(mx.array(token_ids)).astype(mx.float32))
 
     def base_weight(self, module: str) -> Array:
@@ -185,16 +183,23 @@ class MLXEngine:
             return [], Adapter({}, {}, {})
         origins, linear, weighted = self._model.origins, adaptable_modules(self._model), weighted_modules(self._model)
         head = origins.name_of(output_head(self._model)[0])
-        parameters = select_parameters(list(expert_stacks(self._model)), lora)
+        stacks = expert_stacks(self._model)
+        parameters = select_parameters(list(stacks), lora)
         chosen = {name: linear[name] for name in select_modules(list(linear), head, lora, list(parameters))}
         tied = head if self.tied_embeddings else None
         saved = {name: weighted[name] for name in select_saved(list(weighted), tied, lora)}
         refuse_foreign(self._model, [*chosen.values(), *saved.values()], model_dir)
         targets = portable_target_modules(list(chosen), [*linear, *origins.absent], lora)
         self._model.freeze()
-        stacks = inject_experts(self._model, list(parameters), lora)
-        experts = {filed: stacks[name] for name, filed in parameters.items()}
+        wanted = {name: stacks[name] for name in parameters}
+        adapters = inject_experts(wanted, self._model.model_type, lora)
+        experts = {filed: adapters[name] for name, filed in parameters.items()}
         return targets, inject(self._model, chosen, saved, experts, lora)
+
+    def _bind_weights(self) -> None:
+        """Put the weights of now into the model, for passes outside a step."""
+        self._streams.rejoin()
+        self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
 
     def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:
         """Give the arguments of the loss for each group of rows."""

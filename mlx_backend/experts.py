@@ -7,7 +7,7 @@ so one A serves both, and each takes its rows of B. PEFT's files hold A as (E * 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,10 +69,9 @@ def expert_stacks(model: nn.Module) -> dict[str, SwitchGLU]:
     return found
 
 
-def inject_experts(model: nn.Module, parameters: list[str], lora: LoraConfig) -> dict[str, ExpertAdapter]:
-    """Wrap the experts behind the named parameters in place; returns the adapter of each."""
-    stacks = expert_stacks(model)
-    return {name: _wrap(stacks[name], name, model.model_type == IN_TURN, lora) for name in parameters}
+def inject_experts(stacks: Mapping[str, SwitchGLU], model_type: str, lora: LoraConfig) -> dict[str, ExpertAdapter]:
+    """Wrap the experts behind some of transformers' parameters in place; returns the adapter of each."""
+    return {name: _wrap(experts, name, model_type == IN_TURN, lora) for name, experts in stacks.items()}
 
 
 def _wrap(experts: SwitchGLU, name: str, in_turn: bool, lora: LoraConfig) -> ExpertAdapter:

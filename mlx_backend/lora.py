@@ -13,8 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from common.config import LoraConfig
-from common.errors import UserError
-from common.lora import lora_a_key, lora_b_key, magnitude_key, module_rank, module_scaling, saved_key
+from common.lora import (
+    lora_a_key,
+    lora_b_key,
+    magnitude_key,
+    module_rank,
+    module_scaling,
+    not_trainable_whole,
+    saved_key,
+)
 from mlx_backend.frozen import FourBitLinear
 
 
@@ -141,9 +148,7 @@ def inject(
     whole = {name: module_at(model, path) for name, path in saved.items()}
     for name, module in whole.items():
         if len(module.parameters()) > 1:
-            packed = {"scales", "absmax"} & module.keys()
-            what = "is quantised, and can't be" if packed else "has a bias, which can't be"
-            raise UserError(f"lora.modules_to_save: {name} {what} trained whole; target it with lora.target_modules")
+            raise not_trainable_whole(name, quantised=bool({"scales", "absmax"} & module.keys()))
         module.unfreeze(recurse=False)
     kind = DoRALinear if lora.use_dora else LoRALinear
     layers = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import DEVICE, ENGINES, make_batches, open_fresh
+from peft_oracle import train_in_torch, transformers_model
 from safetensors.numpy import load_file
 
 from common.adapters.adapter import peft_config, write_adapter
@@ -12,7 +13,6 @@ from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import TrainState, open_engine
 from common.initial import initial_weights
-from common.layout import make_micro_batch
 from common.sampling import Sampling
 from common.trainer import total_loss
 
@@ -261,15 +261,6 @@ def generate_all(engine, prompts: list[list[int]], sampling: Sampling) -> list[l
     return rows
 
 
-def transformers_model(directory: Path, adapter: Path | None):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
-
-
 def transformers_loss(directory: Path, adapter: Path | None, data) -> float:
     """Sum the loss row by row, without padding, over plain transformers logits."""
     import torch
@@ -306,7 +297,6 @@ def peft_training(llama: Path, targets, state: TrainState, plan: BatchPlan, step
     import torch
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
-    from torch.nn import functional as F
 
     model = get_peft_model(
         transformers_model(llama, None), PeftLoraConfig(r=16, lora_alpha=32, target_modules=list(targets))
@@ -317,16 +307,7 @@ def peft_training(llama: Path, targets, state: TrainState, plan: BatchPlan, step
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=1e-2, betas=(0.9, settings["adam_beta2"]), weight_decay=settings["weight_decay"]
     )
-    norms = []
-    for step in range(1, steps + 1):
-        micro = make_micro_batch(plan.data, [[example] for example in plan.step_batch(step).examples])
-        logits = model(torch.from_numpy(micro.token_ids.astype(np.int64))).logits
-        mask = torch.from_numpy(micro.loss_mask)
-        loss = F.cross_entropy(logits[mask], torch.from_numpy(micro.targets.astype(np.int64))[mask])
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), settings["max_grad_norm"]).item())
-        optimizer.step()
+    _, norms = train_in_torch(model, list(parameters.values()), optimizer, plan, steps, settings["max_grad_norm"])
     return {key: parameter.detach().numpy() for key, parameter in parameters.items()}, norms
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import peft
 import pytest
 from engines import ENGINES, make_batches, open_fresh
+from peft_oracle import transformers_model
 from safetensors.numpy import load_file
-from test_lora_family import assert_close, logits_of, moved, peft_training, tokens, transformers_model
+from test_lora_family import assert_close, logits_of, moved, peft_training, tokens
 from test_lora_family import train as train_steps
 from tiny_models import write_family
 

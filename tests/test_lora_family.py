@@ -7,9 +7,8 @@ import peft
 import pytest
 import torch
 from engines import ENGINES, make_batches, open_fresh
+from peft_oracle import train_in_torch, transformers_model
 from tiny_models import write_family
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from common.adapters.adapter import EMBEDDING_KEY, HEAD_KEY, lora_of, peft_config, write_adapter
 from common.batches import BatchPlan
@@ -17,7 +16,6 @@ from common.config import LoraConfig
 from common.engine import Array, Engine, TrainState
 from common.errors import UserError
 from common.initial import initial_weights, starting_weights
-from common.layout import make_micro_batch
 from common.lora import as_stored, lora_a_key, lora_b_key, magnitude_key, saved_key
 
 ROUNDING = 2e-5  # float32 sums in another order, relative to the largest entry
@@ -270,10 +268,6 @@ def save(folder: Path, engine: Engine, weights: dict[str, Array], lora: LoraConf
     )
 
 
-def transformers_model(directory: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
 def logits_of(model: torch.nn.Module) -> Array:
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens().astype(np.int64))).logits.numpy()
@@ -304,17 +298,7 @@ def peft_training(base: Path, lora: LoraConfig, engine: Engine, plan: BatchPlan)
         peft.set_peft_model_state_dict(model, {key: torch.from_numpy(value) for key, value in weights.items()})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    losses = []
-    for step in range(1, STEPS + 1):
-        micro = make_micro_batch(plan.data, [[example] for example in plan.step_batch(step).examples])
-        logits = model(torch.from_numpy(micro.token_ids.astype(np.int64))).logits
-        mask = torch.from_numpy(micro.loss_mask)
-        loss = F.cross_entropy(logits[mask], torch.from_numpy(micro.targets.astype(np.int64))[mask])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+    losses, _ = train_in_torch(model, parameters, optimizer, plan, STEPS, 1.0)
     return losses, model
 
 

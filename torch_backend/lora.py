@@ -24,6 +24,7 @@ from common.lora import (
     lora_a_key,
     lora_b_key,
     magnitude_key,
+    not_trainable_whole,
     portable_target_modules,
     saved_key,
     select_modules,
@@ -168,8 +169,7 @@ def _saved_modules(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     saved = select_saved(names, embedding if tied else None, lora)
     for path in saved:
         if not modules[path]["weight"].is_floating_point() or len(modules[path]) > 1:
-            what = "has a bias, which can't be" if len(modules[path]) > 1 else "is quantised, and can't be"
-            raise UserError(f"lora.modules_to_save: {path} {what} trained whole; target it with lora.target_modules")
+            raise not_trainable_whole(path, quantised=len(modules[path]) == 1)
     return saved
 
 

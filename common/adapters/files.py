@@ -1,6 +1,6 @@
 """An adapter's folder, whoever wrote it: which of its files count, and their bytes read with suspicion.
 
-Two layouts are known by their config, PEFT's and mlx-lm's; adapter_peft.py and adapter_mlx.py know what their tensors
+Two layouts are known by their config, PEFT's and mlx-lm's; from_peft.py and from_mlx.py know what their tensors
 mean. Nothing here trusts a file: lengths are looked at before anything is read into memory, names must be plain, and
 pickles are named but never opened, for opening one runs its code. The cost: those of old programs need a conversion.
 """
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from common.base.tensor_files import FLOATS, decode
 from common.base.weights import read_header
 from common.engine import Array
 from common.errors import UserError
@@ -27,7 +26,6 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 MLX_FOLDER = "mlx"  # where an adapter's twin for mlx-lm lies beside the files for PEFT
 
 MAX_CONFIG_BYTES = 10_000_000
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 PLAIN_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)
 MLX_KEYS = ("lora_parameters", "fine_tune_type", "num_layers", "lora_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -100,22 +98,16 @@ def read_tensors(path: Path) -> dict[str, Array]:
                 f"{path}: holds a tensor named {name[:80]!a}; expected names of modules, such as "
                 "model.layers.0.self_attn.q_proj.lora_A.weight; don't use a file that somebody tampered with"
             )
-        if entry.get("dtype") not in (*DTYPES, "BF16"):
+        if entry.get("dtype") not in FLOATS:
             raise UserError(
                 f"{path}: {name[:200]} is of dtype {entry.get('dtype')!a:.20}; expected F32, BF16, F16 or F64; "
                 "save the adapter in one of them"
             )
     try:
-        return {name: _float32(**tensor) for name, tensor in deserialize(path.read_bytes())}
+        read = deserialize(path.read_bytes())
+        return {name: decode(each["data"], each["dtype"]).reshape(each["shape"]) for name, each in read}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read ({str(error)[:200]}); save or copy the adapter again") from None
-
-
-def _float32(dtype: str, shape: Sequence[int], data: bytes) -> Array:
-    if dtype == "BF16":  # which NumPy lacks: the upper half of a float32
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinity, which is refused later
-        return np.frombuffer(data, DTYPES[dtype]).astype(np.float32).reshape(shape)
 
 
 def _refuse_disguise(path: Path) -> None:

@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from common.base.gguf_tokenizer import Vocabulary, read_vocabulary, tokenizer_files
 from common.base.tensor_files import STORED, TensorSpec, encode, safetensors_header
 from common.errors import UserError
-from common.files import new_folder
+from common.files import new_folder, refuse_occupied
 
 ARCHITECTURES = ("llama",)
 # Settings of the llama architecture that we carry over or that change nothing.
@@ -79,8 +79,7 @@ def convert_gguf(source: Path, output: Path, dtype: str = "float16") -> None:
     """
     if dtype not in STORED:
         raise UserError(f"dtype: {dtype!r} is unknown; expected one of {', '.join(STORED)}; choose one of them")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: already exists; expected a new or empty folder; remove it or name another")
+    refuse_occupied(output)
     gguf = open_gguf(source)
     vocabulary = read_vocabulary(gguf.metadata, source)
     config = model_config(gguf, vocabulary, dtype)

@@ -17,6 +17,8 @@ from common.engine import Array
 
 # Our name of a dtype: safetensors' name, bytes each.
 STORED = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
+# safetensors' name of a float: NumPy's type of its bytes.
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,16 @@ class TensorSpec:
 
 def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
     """Lay the tensors out one after another and encode the head of a safetensors file."""
+    return header_of((spec.name, STORED[spec.dtype][0], spec.shape, spec.num_bytes) for spec in specs)
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Encode the head of a safetensors file from each tensor's name, safetensors' dtype, shape and number of bytes."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for spec in specs:
-        end = offset + spec.num_bytes
-        table[spec.name] = {"dtype": STORED[spec.dtype][0], "shape": spec.shape, "data_offsets": [offset, end]}
+    for name, dtype, shape, num_bytes in tensors:
+        end = offset + num_bytes
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
     # Spaces up to a multiple of 8: readers map the data into memory and want it aligned.
@@ -76,3 +83,12 @@ def encode(values: Array, dtype: str) -> bytes:
     if np.isinf(halves).any():
         raise OverflowError(f"reaches {np.abs(values).max():g}; float16 ends at 65504; use bfloat16 or float32")
     return halves.tobytes()
+
+
+def decode(data: bytes | Array, dtype: str) -> Array:
+    """Read the bytes of floats, of a dtype by safetensors' name, as a flat float32 array; infinite where that ends."""
+    stored = np.frombuffer(data, FLOATS[dtype])
+    if dtype == "BF16":  # which NumPy lacks: the upper half of a float32
+        return (stored.astype("<u4") << 16).view("<f4")
+    with np.errstate(over="ignore"):
+        return stored.astype(np.float32)

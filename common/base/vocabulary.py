@@ -20,11 +20,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from common.base.gguf import encode
-from common.base.weights import check_model_folder, read_header, read_model_config, vocabulary_size, weight_files
+from common.base.tensor_files import decode, encode, header_of
+from common.base.weights import (
+    check_model_folder,
+    data_start,
+    read_header,
+    read_model_config,
+    vocabulary_size,
+    weight_files,
+)
 from common.engine import Array
 from common.errors import UserError
-from common.files import new_folder
+from common.files import new_folder, refuse_occupied
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 VOCABULARY_TENSORS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
@@ -47,8 +54,7 @@ def add_tokens(source: Path, output: Path, tokens: Sequence[str]) -> Growth:
     layout), for an `output` that holds files, and for a full disk.
     """
     check_model_folder(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: already exists; expected a new or empty folder; remove it or name another")
+    refuse_occupied(output)
     tokenizer, growth = _grown_tokenizer(source, tokens)
     headers = {path: read_header(path) for path in weight_files(source)}
     size = sum(path.stat().st_size for path in headers) + 100_000_000
@@ -100,9 +106,10 @@ def _copy_weights(path: Path, header: Mapping[str, Any], target: Path, growth: G
     if not grown:
         _link(path.resolve(), target)
         return
-    start = 8 + int.from_bytes(path.open("rb").read(8), "little")
+    start = data_start(path)
     with path.open("rb") as old, target.open("wb") as new:
-        new.write(_header({name: _shape(entry, growth) if name in grown else entry for name, entry in header.items()}))
+        places = (_place(name, entry, growth.rows if name in grown else None) for name, entry in header.items())
+        new.write(header_of(places))
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             _copy_range(old, new, start + begin, end - begin)
@@ -130,14 +137,11 @@ def _mean(stored: Array, entry: Mapping[str, Any], tokens: int) -> Array:
     """Average the rows of the old tokens in float64: (width,) float32."""
     rows, width = entry["shape"]
     block = max(1, CHUNK_BYTES // (width * 8))
-    raw = stored.view({2: "<u2", 4: "<u4"}[_item(entry)]).reshape(rows, width)
+    raw = stored.reshape(rows, -1)
     total = np.zeros(width)
     for begin in range(0, tokens, block):
-        part = raw[begin : min(begin + block, tokens)]
-        if entry["dtype"] == "BF16":
-            total += (part.astype("<u4") << 16).view("<f4").sum(axis=0, dtype=np.float64)
-        else:
-            total += part.view("<f2" if entry["dtype"] == "F16" else "<f4").sum(axis=0, dtype=np.float64)
+        part = decode(raw[begin : min(begin + block, tokens)].tobytes(), entry["dtype"])
+        total += part.reshape(-1, width).sum(axis=0, dtype=np.float64)
     return (total / tokens).astype(np.float32)
 
 
@@ -146,23 +150,13 @@ def _item(entry: Mapping[str, Any]) -> int:
     return (end - begin) // math.prod(entry["shape"])
 
 
-def _shape(entry: Mapping[str, Any], growth: Growth) -> dict[str, Any]:
-    """Return a header's entry for the grown matrix; its offsets only tell how long it is."""
-    width = entry["shape"][1]
-    return {**entry, "shape": [growth.rows, width], "data_offsets": [0, growth.rows * width * _item(entry)]}
-
-
-def _header(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Lay tensors out one after another in the order given and encode the head of a safetensors file."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, entry in entries.items():
-        end = offset + entry["data_offsets"][1] - entry["data_offsets"][0]
-        table[name] = {**entry, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _place(name: str, entry: Mapping[str, Any], rows: int | None) -> tuple[str, str, Sequence[int], int]:
+    """Say of a tensor what a header tells, with another number of rows where one is given."""
+    if rows is not None:
+        width = entry["shape"][1]
+        return name, entry["dtype"], [rows, width], rows * width * _item(entry)
+    begin, end = entry["data_offsets"]
+    return name, entry["dtype"], entry["shape"], end - begin
 
 
 def _copy_range(old: BinaryIO, new: BinaryIO, offset: int, num_bytes: int) -> None:

@@ -88,6 +88,12 @@ def tensor_names(directory: Path) -> set[str]:
     return {name for path in weight_files(directory) for name in read_header(path)}
 
 
+def data_start(path: Path) -> int:
+    """Return the offset behind the header of a safetensors file, from which its tensors' offsets count."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def vocabulary_size(directory: Path) -> int | None:
     """Read how many tokens a model knows; None where its config doesn't say."""
     config = read_model_config(directory)

@@ -30,7 +30,7 @@ from common.export.proof import Proof, Reference, prove, take_reference
 from common.export.push import check_push, push
 from common.export.readers import Format, Reader, find_reader
 from common.export.source import RUN_CONFIG, Source
-from common.files import new_folder
+from common.files import new_folder, refuse_occupied
 from common.view.display import say
 
 QUANTISED = (4, 5, 6, 8)  # bits of MLX's format
@@ -77,7 +77,8 @@ def export(request: Request, console: Console) -> dict[str, Any]:
         raise UserError(
             f"--quantize {request.quantize}: with --to {to}; expected 4, 5, 6 or 8 bits of MLX's and --to merged"
         )
-    target = _new_target(request.output / FOLDER if to == "mlx" else request.output)
+    target = request.output / FOLDER if to == "mlx" else request.output
+    refuse_occupied(target, "another --output")
     if request.push_to_hub:
         check_push(request.push_to_hub)
     say(console, f"Loading {source.base} with the {source.engine} engine ...")
@@ -141,12 +142,6 @@ def _proven(written: Written, reference: Reference) -> tuple[Proof, str]:
         proof = prove(reference, engine.logits(reference.token_ids), written.stored, written.what)
         versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
         return proof, f"the {engine.name} engine ({versions})"
-
-
-def _new_target(target: Path) -> Path:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already exists; expected a new or empty folder; remove it or name another --output")
-    return target
 
 
 def _trained_with(adapter: Path) -> dict[str, Any]:

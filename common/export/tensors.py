@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from common.base.weights import read_header, weight_files
+from common.base.tensor_files import FLOATS, decode
+from common.base.weights import data_start, read_header, weight_files
 from common.engine import Array
 
-# safetensors' name of a float: (NumPy's type of the bytes, our name)
-FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# safetensors' name of a float: ours, of what it is written as again
 DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -49,12 +47,8 @@ class Tensors(Mapping[str, dict[str, Any]]):
         entry = self._entries[name]
         start, end = entry["data_offsets"]
         with entry["path"].open("rb") as file:
-            header = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(header + start)
-            raw = np.frombuffer(file.read(end - start), FLOATS[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # which NumPy lacks: the upper half of a float32
-            raw = (raw.astype("<u4") << 16).view("<f4")
-        return raw.astype(np.float32).reshape(entry["shape"])
+            file.seek(data_start(entry["path"]) + start)
+            return decode(file.read(end - start), entry["dtype"]).reshape(entry["shape"])
 
 
 def model_tensors(directory: Path) -> Tensors:

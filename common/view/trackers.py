@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.config_checks import flat
 from common.errors import MachineError, UserError
 
 PROJECT = "twintune"
@@ -33,11 +34,7 @@ class TrackedRun:
     @property
     def flat_config(self) -> dict[str, str]:
         """Give the config as dotted keys and texts, groups resolved."""
-        flat: dict[str, str] = {}
-        for key, value in self.config.items():
-            group = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else None
-            flat |= {name: str(item) for name, item in (group if group is not None else {key: value}).items()}
-        return flat
+        return {key: str(value) for key, value in flat(self.config).items()}
 
 
 class Tracker(Protocol):
