@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engines import ENGINES, open_fresh
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_adapters import edit, peft_model, save_mlx
 from safetensors.numpy import load_file, save_file
@@ -372,6 +372,7 @@ ENTRY = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, deadline=None)
+@example(header={A: {"dtype": [], "shape": None, "data_offsets": (0, 0)}}, size=0)
 @given(
     header=st.dictionaries(st.sampled_from([A, B, "__metadata__"]) | st.text(max_size=9), ENTRY | JSON),
     size=st.integers(0, 64),

@@ -75,12 +75,20 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            if not all(_describes_a_tensor(entry) for entry in header.values()):
+                raise ValueError
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise UserError(f"{path}: its safetensors header can't be read; copy or download it again") from None
     if size != end:
         raise UserError(f"{path}: truncated: {size:,} bytes, its header promises {end:,}; copy or download it again")
     return header
+
+
+def _describes_a_tensor(entry: dict[str, Any]) -> bool:
+    """Tell whether an entry of a header has the types that its readers count on."""
+    whole = [*entry["shape"], *entry["data_offsets"]]
+    return isinstance(entry["dtype"], str) and len(entry["data_offsets"]) == 2 and all(type(n) is int for n in whole)
 
 
 def tensor_names(directory: Path) -> set[str]:
