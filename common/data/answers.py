@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.data.records import RecordError
+from common.data.spans import Span
 from common.data.template import Rendered
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], Rendered]  # messages, add_generation_prompt
-Span = tuple[int, int]
 # Text that no template knows and no tokenizer has: letters, so that trimming changes nothing.
 PROBES = ("qxzprobeaqxz", "qxzproobebqxz")
 ONE_EXAMPLE_AN_ANSWER = "split the conversation into one example an answer, or use train_on: last_assistant"

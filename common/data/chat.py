@@ -21,10 +21,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from common.data.control import THOUGHTS, TokenTexts, refuse_control_tokens
 from common.data.records import Example, RecordError
+from common.data.spans import Span, SpanEncoder, SpanTokens
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from common.data.answers import Frame, Span
+    from common.data.answers import Frame
     from common.data.template import ChatTemplate, Rendered
 
 TOKENIZER_FILES = (
@@ -63,6 +64,7 @@ class ChatTokenizer:
         """Read tokenizer and chat template from a model folder; raises UserError where they can't be used."""
         self.directory = directory
         self._tokenizer = _read_tokenizer(directory)
+        self._spans = SpanEncoder(self._tokenizer)
         settings = _read_json(directory / "tokenizer_config.json")
         self._special = {
             name: _content(settings[name])
@@ -98,10 +100,10 @@ class ChatTokenizer:
 
         Raises RecordError where the template refuses the conversation or hides which part is the answer.
         """
-        if not example.messages:
-            return self._encode_plain(example, train_on)
-        written = self._write(example, train_on)
-        return _encoded(self._tokenize(written.text), written)
+        (result,) = self.encode_batch([example], train_on)
+        if isinstance(result, RecordError):
+            raise result
+        return result
 
     def encode_batch(self, examples: Sequence[Example], train_on: str) -> list[Encoded | RecordError]:
         """Tokenise many examples as `encode` does; the error of a bad one stands in its place."""
@@ -118,9 +120,11 @@ class ChatTokenizer:
                     results[index] = self._encode_plain(example, train_on)
             except RecordError as error:
                 results[index] = error
-        encodings = self._tokenizer.encode_batch([written.text for _, written in batch], add_special_tokens=False)
-        for (index, written), encoding in zip(batch, encodings, strict=True):
-            results[index] = _encoded(encoding, written)
+        if batch:
+            texts, spans = [w.text for _, w in batch], [w.spans or () for _, w in batch]
+            encoded = self._spans.encode(texts, spans, opener=self._added.at_start_of(self._frame.header))
+            for (index, written), tokens in zip(batch, encoded, strict=True):
+                results[index] = _encoded(tokens, written)
         return [result for result in results if result is not None]
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
@@ -244,9 +248,13 @@ def _read_tokenizer(directory: Path) -> FastTokenizer:
             "(make one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     try:
-        return FastTokenizer.from_file(str(path))
+        tokenizer = FastTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path}: can't be read as a tokenizer ({error}); download it again") from None
+    # A file may ask for texts to be cut or filled to a length, in silence: max_seq_length and data.truncation do that.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -270,34 +278,14 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
     return template
 
 
-def _encoded(encoding: Encoding, written: Written) -> Encoded:
-    ids = encoding.ids
+def _encoded(tokens: SpanTokens, written: Written) -> Encoded:
+    ids = tokens.ids
     if written.spans is None:
         return Encoded(ids, [True] * len(ids))
     mask = [False] * len(ids)
-    for begin, stop in written.spans:
-        first, last = _tokens_of(encoding, begin, stop)
+    for first, last in tokens.spans:
         mask[first:last] = [True] * (last - first)
     return Encoded(ids + written.end, mask + [True] * len(written.end)) if written.end else Encoded(ids, mask)
-
-
-def _tokens_of(encoding: Encoding, begin: int, stop: int) -> tuple[int, int]:
-    """Return the tokens [first, last) that overlap the characters [begin, stop).
-
-    A character may be none's, where a tokenizer trims white space from its offsets, or that of several tokens.
-    """
-    tokens = map(encoding.char_to_token, range(begin, stop))
-    first = next((token for token in tokens if token is not None), None)
-    if first is None:
-        return 0, 0
-    tokens = map(encoding.char_to_token, range(stop - 1, begin - 1, -1))
-    last = next(token for token in tokens if token is not None)
-    while first > 0 and (place := encoding.token_to_chars(first - 1)) and place[1] > begin:
-        first -= 1
-    last += 1
-    while last < len(encoding) and (place := encoding.token_to_chars(last)) and place[0] < stop:
-        last += 1
-    return first, last
 
 
 def _require_unicode(text: str) -> None:

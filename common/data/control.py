@@ -33,6 +33,11 @@ class TokenTexts:
                 return found.group() if found else None
         return None
 
+    def at_start_of(self, text: str) -> str:
+        """Return the token that a text begins with; "" without one."""
+        found = self._pattern.match(text)
+        return found.group() if found else ""
+
     def last_in(self, text: str) -> int:
         """Return where the last token in a text ends; 0 without one."""
         return max((found.end() for found in self._pattern.finditer(text)), default=0)
