@@ -263,7 +263,7 @@ def init(
 @app.command(epilog="Example: twintune schema > configs/config.schema.json")
 def schema() -> None:
     """Print the config's JSON schema, with which editors complete and check keys."""
-    from common.config_schema import config_schema
+    from common.config.schema import config_schema
 
     print(json.dumps(config_schema(), indent=2))
 

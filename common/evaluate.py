@@ -148,7 +148,7 @@ def score(metric: str, answer: str, expected: str) -> bool:
         if not isinstance(wanted, dict) or name not in wanted:
             raise UserError(f"evaluation.metrics: {metric}: an expected answer has no field {name!r}: {expected[:80]}")
         return isinstance(found, dict) and name in found and found[name] == wanted[name]
-    raise AssertionError(f"unknown metric {metric}; config.py should have refused it")
+    raise AssertionError(f"unknown metric {metric}; the config should have refused it")
 
 
 def _parse(text: str) -> Any:

@@ -23,4 +23,4 @@ def learning_rate_at(step: int, total_steps: int, peak: float, kind: str, warmup
         return peak * max(0.0, 1.0 - progress)
     if kind == "cosine":
         return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    raise AssertionError(f"unknown lr_scheduler_type {kind}; config.py should have refused it")
+    raise AssertionError(f"unknown lr_scheduler_type {kind}; the config should have refused it")

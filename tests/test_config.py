@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import TrainConfig, changed_keys, load_config, require_trainable
-from common.config_errors import known_keys, suggest
+from common.config.errors import known_keys, suggest
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +220,7 @@ def test_unknown_key_suggests_the_key_that_was_meant(key, meant):
 
 
 def test_every_suggested_alias_leads_to_a_key_that_exists():
-    from common.config_errors import _ALIASES
+    from common.config.errors import _ALIASES
 
     known = known_keys(TrainConfig)
     assert set(_ALIASES) <= set(known)

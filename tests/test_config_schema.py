@@ -7,8 +7,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from common.config import TrainConfig, load_config
-from common.config_file import read_config_file
-from common.config_schema import config_schema
+from common.config.file import read_config_file
+from common.config.schema import config_schema
 from common.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.config import TrainConfig, WeightedPath
-from common.config_errors import ConfigInput, validated
+from common.config.errors import ConfigInput, validated
 from common.data import readers
 from common.data.readers import DataFile, RecordError, decode, list_files, place, read_raw
 from common.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 from tiny_run import Run, examples
 
 from common.batches import BatchPlan
-from common.config_checks import flat
+from common.config.resume import flat
 from common.data.tokenise import DataReport
 from common.errors import MachineError, UserError
 from common.inputs import TrainingData

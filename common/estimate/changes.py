@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import TrainConfig
-from common.config_checks import flat
+from common.config.resume import flat
 from common.estimate.memory import half_up
 
 LEAST_RANK = 4

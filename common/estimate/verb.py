@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import TrainConfig, require_trainable
-from common.config_file import read_config_file
+from common.config.file import read_config_file
 from common.engine import LIBRARIES, DeviceMemory, choose_engine, device_memory, installed, matmul_rate
 from common.errors import MachineError, UserError
 from common.estimate.changes import Change

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from common.config_checks import flat
+from common.config.resume import flat
 from common.report.plots import Plot
 from common.report.runs import RunData
 from common.view.display import figure

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.config_checks import flat
+from common.config.resume import flat
 from common.errors import MachineError, UserError
 
 PROJECT = "twintune"

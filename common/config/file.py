@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config_errors import ConfigInput, found_text
+from common.config.errors import ConfigInput, found_text
 from common.errors import UserError
 
 
