@@ -52,6 +52,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where configs are written, so that messages hold bare file names."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def cli_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a first user: nothing of the Hub's set, an empty cache, no terminal."""
