@@ -54,7 +54,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run where configs are written, so that messages hold bare file names."""
+    """Run where the files are written, so that messages hold bare file names."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -21,10 +21,7 @@ ANSWER = {"role": "assistant", "content": "The answer is yes."}
 CHAT = {"messages": [QUESTION, ANSWER]}
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Run where the files are written, so that messages hold bare file names."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def load(

@@ -28,10 +28,7 @@ ROWS = [
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Run where the files are written, so that messages hold bare file names."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def read(path: str, split="train") -> list:
