@@ -289,7 +289,7 @@ def convert(
         print(f"{output} is ready: {len(tokens)} new tokens, {growth.rows:,} rows; train them with")
         print("  lora: {modules_to_save: [embed_tokens, lm_head]}")
         return
-    from common.base.gguf import convert_gguf
+    from common.gguf.convert import convert_gguf
 
     convert_gguf(model, output, dtype or "float16")
     print(f"{output} is ready")

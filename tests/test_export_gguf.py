@@ -9,15 +9,16 @@ from exports import make_adapter, model_logits, peft_logits, run_export
 from llama_cpp import CLOSE, expected, log_probabilities
 from tiny_models import write_family, write_llama
 
-from common.base.gguf import convert_gguf
 from common.base.tensor_files import TensorSpec
 from common.base.weights import read_model_config
 from common.errors import UserError
 from common.export.gguf_metadata import model_metadata
 from common.export.gguf_model import write_gguf_model
-from common.export.gguf_names import ARCHITECTURES, gguf_names
 from common.export.gguf_vocabulary import vocabulary_metadata
 from common.export.tensors import model_tensors
+from common.gguf.architectures import ARCHITECTURES
+from common.gguf.convert import convert_gguf
+from common.gguf.names import gguf_names
 
 # llama.cpp multiplies rounded weights by inputs rounded to the same dtype (Q8_0: to 8 bits), torch by float32.
 LOOSE = {"float16": {"atol": 2e-3}, "bfloat16": {"atol": 5e-2}, "q8_0": {"atol": 0.2}}
@@ -121,7 +122,7 @@ def test_an_architecture_that_was_not_tried_is_refused(tmp_path: Path):
 
 def test_a_scale_that_llama_cpp_does_not_compute_is_refused(tmp_path: Path):
     config = read_model_config(write_family(tmp_path / "model", "gemma2"))
-    with pytest.raises(UserError, match=r"query_pre_attn_scalar is 24, llama.cpp takes the size of a head"):
+    with pytest.raises(UserError, match=r"query_pre_attn_scalar is 24, llama.cpp takes 16"):
         model_metadata(gguf_names(config), "a", "float16")
 
 

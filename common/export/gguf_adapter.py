@@ -16,8 +16,8 @@ from common.config import LoraConfig
 from common.errors import UserError
 from common.export.adapt import one_alpha, refuse
 from common.export.adapter import Adapter, Part
-from common.export.gguf_names import GgufNames, gguf_names
 from common.export.source import Source
+from common.gguf.names import GgufNames, gguf_names
 from common.lora import HEAD
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

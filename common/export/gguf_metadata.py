@@ -1,6 +1,6 @@
 """The settings of a model in llama.cpp's words, from its config.json.
 
-Only what the graphs of ARCHITECTURES (gguf_names.py) compute is written; what they don't compute is refused, because
+Only what llama.cpp's graphs compute is written (common/gguf/architectures.py says what); the rest is refused, because
 llama.cpp would leave it out without a word.
 """
 
@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from gguf import GGUFWriter, LlamaFileType
 
-from common.base.gguf import llama3_factors
-from common.base.weights import rope_in_both_forms
-from common.engine import Array
 from common.errors import UserError
-from common.export.gguf_names import GgufNames
+from common.gguf.architectures import FRACTIONS, SETTINGS, SOFT_CAPS, WINDOW_PATTERN, Architecture, head_size
+from common.gguf.names import GgufNames
+from common.gguf.rope import rope_settings
 
-ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
 FILE_TYPES = {
     "float32": LlamaFileType.ALL_F32,
     "float16": LlamaFileType.MOSTLY_F16,
@@ -29,40 +26,24 @@ FILE_TYPES = {
 
 def model_metadata(names: GgufNames, title: str, dtype: str) -> dict[str, Any]:
     """Return a model's settings by GGUF key; raises UserError for one that llama.cpp's graph doesn't have."""
-    config, family = names.config, names.config["model_type"]
-    _refuse(config)
-    heads, head_dim = config["num_attention_heads"], head_size(config)
-    settings = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": _context(config),
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": head_dim,
-        "vocab_size": config["vocab_size"],
-        **_rope(config),
-        **(_gemma(config) if family.startswith("gemma") else {}),
+    config, architecture = names.config, names.architecture
+    _refuse(config, architecture)
+    options = {
+        **architecture.defaults,
+        **config,
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "head_dim": head_size(config),
+        "max_position_embeddings": _context(config),
     }
+    settings = {
+        key: float(options[option]) if option in FRACTIONS else options[option]
+        for key, option in {**SETTINGS, **architecture.settings}.items()
+    }
+    settings |= rope_settings(config)
+    if architecture.is_gemma and config.get("layer_types"):
+        settings[WINDOW_PATTERN] = [kind == "sliding_attention" for kind in config["layer_types"]]
     general = {"general.name": title, "general.file_type": int(FILE_TYPES[dtype]), "general.quantization_version": 2}
-    return general | {f"{names.architecture.name}.{key}": value for key, value in settings.items()}
-
-
-def frequency_factors(config: Mapping[str, Any]) -> Array | None:
-    """Return the divisors of Llama 3's RoPE frequencies (head_dim / 2), which a GGUF holds as a tensor, or None."""
-    rope = rope_in_both_forms(dict(config))
-    scaling = rope.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) != "llama3":
-        return None
-    return llama3_factors(scaling, rope["rope_theta"], head_size(config)).astype(np.float32)
-
-
-def head_size(config: Mapping[str, Any]) -> int:
-    """Return the features of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return general | {f"{architecture.name}.{key}": value for key, value in settings.items()}
 
 
 def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
@@ -80,16 +61,21 @@ def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
             writer.add_array(key, value)
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], architecture: Architecture) -> None:
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    wanted = ACTIVATIONS.get(config["model_type"], "silu")
+    scalar = architecture.attention_scalar(config)
+    caps = {option: config.get(option, architecture.defaults.get(option)) for option in SOFT_CAPS.values()}
+    capped = {option for option, value in caps.items() if value}
     found = None
-    if activation not in (wanted, None):
-        found = f"it has the activation {activation}, where llama.cpp has {wanted}"
+    if activation not in (architecture.activation, None):
+        found = f"it has the activation {activation}, where llama.cpp has {architecture.activation}"
     elif config.get("use_sliding_window"):
         found = "it has use_sliding_window, which llama.cpp doesn't compute for it"
-    elif config.get("query_pre_attn_scalar") not in (None, head_size(config)):
-        found = f"its query_pre_attn_scalar is {config['query_pre_attn_scalar']}, llama.cpp takes the size of a head"
+    elif config.get("query_pre_attn_scalar") not in (None, scalar):
+        found = f"its query_pre_attn_scalar is {config['query_pre_attn_scalar']}, llama.cpp takes {scalar}"
+    elif wrong := capped.symmetric_difference(caps.keys() & architecture.settings.values()):
+        (option, *_) = sorted(wrong)
+        found = f"its {option} is {caps[option]}, which llama.cpp doesn't compute for it"
     elif (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
         found = "it has a partial rotary embedding, which llama.cpp doesn't compute for it"
     if found:
@@ -102,37 +88,3 @@ def _context(config: Mapping[str, Any]) -> int:
     """Return the longest text: a Mistral's window, within which llama.cpp's full attention is the same."""
     longest, window = config["max_position_embeddings"], config.get("sliding_window")
     return int(min(longest, window) if config["model_type"] == "mistral" and window else longest)
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    by_layer = config.get("rope_parameters") or {}
-    if "full_attention" in by_layer:  # Gemma 3: one for windows, one for all
-        local, everywhere = by_layer["sliding_attention"], by_layer["full_attention"]
-        return {"rope.freq_base_swa": float(local["rope_theta"]), **_scaled(everywhere["rope_theta"], everywhere)}
-    rope = rope_in_both_forms(dict(config))
-    return _scaled(rope.get("rope_theta", 10000.0), rope.get("rope_scaling") or {})
-
-
-def _scaled(theta: float, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):  # llama3 is a tensor: frequency_factors
-        raise UserError(
-            f"rope_scaling: {kind} is not exported to GGUF here; write --to merged, and convert that folder"
-        )
-    linear = (
-        {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])} if kind == "linear" else {}
-    )
-    return {"rope.freq_base": float(theta), **linear}
-
-
-def _gemma(config: Mapping[str, Any]) -> dict[str, Any]:
-    caps = {
-        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
-        "final_logit_softcapping": config.get("final_logit_softcapping"),
-    }
-    settings: dict[str, Any] = {key: float(value) for key, value in caps.items() if value}
-    settings["attention.sliding_window"] = config["sliding_window"]
-    kinds = config.get("layer_types")
-    if kinds:
-        settings["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds]
-    return settings

@@ -18,11 +18,11 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from common.base.tensor_files import TensorSpec, write_safetensors
 from common.base.weights import rope_in_both_forms
 from common.engine import Array
-from common.export.gguf_metadata import add_metadata, frequency_factors, model_metadata
-from common.export.gguf_names import gguf_names
+from common.export.gguf_metadata import add_metadata, model_metadata
+from common.gguf.names import gguf_names
+from common.gguf.rope import FACTORS, frequency_factors
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-FACTORS = "rope_freqs.weight"
 MODELFILE = """\
 # ollama create NAME -f Modelfile
 FROM ./{model}

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer in llama.cpp's words: the opposite way of common/base/gguf_tokenizer.py, by its tables.
+"""A Hugging Face tokenizer in llama.cpp's words: the opposite way of common/gguf/tokenizer.py, by its tables.
 
 llama.cpp names by one word how text is cut. Here that word is found by building each rule it knows and comparing,
 and what was found is built into a tokenizer again and held against the original on random texts: a vocabulary that is
@@ -16,8 +16,10 @@ import numpy as np
 from gguf import TokenType
 from tokenizers import Tokenizer, models
 
-from common.base.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, pre_tokenizer_of, read_vocabulary
 from common.errors import UserError
+from common.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_of
+from common.gguf.tokenizer import build_tokenizer
+from common.gguf.vocabulary import read_vocabulary
 
 SAMPLES, SAMPLE_TOKENS = 64, 12
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -1,94 +1,18 @@
-"""Rebuild a Hugging Face tokenizer from the vocabulary inside a GGUF file.
+"""Rebuild a Hugging Face tokenizer from a GGUF's vocabulary, by its kind: byte-level BPE or SentencePiece's."""
 
-A GGUF names by one word how text is cut before merging. Each word that we know is spelled out here as the
-models' own `tokenizer.json` files have it, and any other is refused: a tokenizer that is nearly right trains
-the model on the wrong tokens, and nothing ever says so.
-"""
+from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from common.errors import UserError
+from common.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, pre_tokenizer_of
+from common.gguf.vocabulary import Vocabulary, damaged
 
-# llama.cpp's names for Llama 3's rule.
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-PRE_TOKENIZERS = ("smollm", *_LLAMA3, "qwen2", "gpt-2", "default")
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# What Llama 3 and Qwen 2 share; they differ in how many digits make a token.
-_MODERN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    **{name: [_MODERN_WORDS.replace("DIGITS", "{1,3}")] for name in _LLAMA3},
-    "qwen2": [_MODERN_WORDS.replace("DIGITS", "")],
-    # What llama.cpp does for a file that names no rule of its own.
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"],
-}
 # SentencePiece's stand-in for a space.
-_SPACE = "▁"
-# Names that vocabularies give a token that only pads, most telling first.
-_PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Hold a GGUF's vocabulary: ids are positions in `tokens`; `stops` are all that end a turn, EOS first."""
-
-    metadata: dict[str, Any]
-    where: Path
-    tokens: list[str]
-    types: list[int]
-    bos: int | None
-    eos: int | None
-    unk: int | None
-    pad: int | None
-    stops: tuple[int, ...]
-
-    def setting(self, key: str, default: object = None) -> Any:
-        """Read `tokenizer.ggml.<key>`."""
-        return self.metadata.get(f"tokenizer.ggml.{key}", default)
-
-    @property
-    def adds_bos(self) -> bool:
-        """Tell whether every text starts with BOS; where the file doesn't say, as llama.cpp decides."""
-        usual = self.setting("model") == "llama" or self.setting("pre") in _LLAMA3
-        return self.bos is not None and bool(self.setting("add_bos_token", usual))
-
-    @property
-    def adds_eos(self) -> bool:
-        """Tell whether every text ends with EOS."""
-        return self.eos is not None and bool(self.setting("add_eos_token", False))
-
-
-def read_vocabulary(metadata: dict[str, Any], where: Path) -> Vocabulary:
-    """Read the tokens and special ids of a GGUF's metadata, with a pad token that is not an end token.
-
-    Raises `UserError` for a vocabulary that is missing or contradicts itself.
-    """
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
-    if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
-        raise _damaged(where, f"{len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} types")
-    named = ("bos", "eos", "eot", "eom", "unknown", "padding")
-    found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in named}
-    # Some files name an id past the vocabulary; llama.cpp takes it for none, and so do we.
-    ids = {name: token for name, token in found.items() if token is not None and token < len(tokens)}
-    stops = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
-    # Padding is masked out of the loss. A pad token that also ends a turn (SmolLM2 ships <|im_end|> as both)
-    # would hide the end from training, and the model would never learn to stop.
-    pads = [ids.get("padding"), *(tokens.index(name) for name in _PAD_NAMES if name in tokens)]
-    pad = next((token for token in pads if token is not None and token not in stops), None)
-    special = (ids.get("bos"), ids.get("eos"), ids.get("unknown"), pad, stops)
-    return Vocabulary(metadata, where, tokens, types, *special)
-
-
-def _damaged(where: Path, found: str) -> UserError:
-    return UserError(f"{where}: the vocabulary has {found}; expected a whole one; download the file again")
+SPACE = "▁"
 
 
 def tokenizer_files(vocabulary: Vocabulary, context_length: int) -> dict[str, str]:
@@ -165,8 +89,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         cut = line.find(" ", 1)
         merges.append((line[:cut], line[cut + 1 :]))
         if not {line[:cut], line[cut + 1 :], line[:cut] + line[cut + 1 :]} <= ids.keys():
-            raise _damaged(vocabulary.where, f"the merge {line!r} of texts that are not all tokens")
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in _LLAMA3))
+            raise damaged(vocabulary.where, f"the merge {line!r} of texts that are not all tokens")
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LLAMA3))
     tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
@@ -175,31 +99,19 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def pre_tokenizer_of(pre: str) -> pre_tokenizers.PreTokenizer:
-    """Build the rule that llama.cpp calls `pre`, one of PRE_TOKENIZERS."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre == "gpt-2":
-        return gpt2
-    if pre == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([*splits, byte_level])
-
-
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     scores = vocabulary.setting("scores", [])
     if len(scores) != len(vocabulary.tokens):
-        raise _damaged(vocabulary.where, f"{len(vocabulary.tokens)} tokens and {len(scores)} scores")
+        raise damaged(vocabulary.where, f"{len(vocabulary.tokens)} tokens and {len(scores)} scores")
     kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
     unknown = next((token for token, kind in kinds if kind == TokenType.UNKNOWN), None)
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     merges = _merges_by_score(vocabulary, ids, scores)
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
-    decoded = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    decoded = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if vocabulary.setting("add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(_SPACE))
+        spaces.insert(0, normalizers.Prepend(SPACE))
         decoded.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(spaces)
     tokenizer.decoder = decoders.Sequence(decoded)

@@ -1,0 +1,75 @@
+"""The vocabulary inside a GGUF file: its tokens, their kinds, and the ids that have a role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.gguf.pre_tokenizers import LLAMA3
+
+# Names that vocabularies give a token that only pads, most telling first.
+PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Hold a GGUF's vocabulary: ids are positions in `tokens`; `stops` are all that end a turn, EOS first."""
+
+    metadata: Mapping[str, Any]
+    where: Path
+    tokens: list[str]
+    types: list[int]
+    bos: int | None
+    eos: int | None
+    unk: int | None
+    pad: int | None
+    stops: tuple[int, ...]
+
+    def setting(self, key: str, default: object = None) -> Any:
+        """Read `tokenizer.ggml.<key>`."""
+        return self.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Tell whether every text starts with BOS; where the file doesn't say, as llama.cpp decides."""
+        usual = self.setting("model") == "llama" or self.setting("pre") in LLAMA3
+        return self.bos is not None and bool(self.setting("add_bos_token", usual))
+
+    @property
+    def adds_eos(self) -> bool:
+        """Tell whether every text ends with EOS."""
+        return self.eos is not None and bool(self.setting("add_eos_token", False))
+
+    def generation_config(self) -> dict[str, Any]:
+        """Build `generation_config.json`: generation ends at any token that ends a turn."""
+        stops = list(self.stops) if len(self.stops) > 1 else self.eos
+        return {"bos_token_id": self.bos, "eos_token_id": stops, "pad_token_id": self.pad}
+
+
+def read_vocabulary(metadata: Mapping[str, Any], where: Path) -> Vocabulary:
+    """Read the tokens and special ids of a GGUF's metadata, with a pad token that is not an end token.
+
+    Raises `UserError` for a vocabulary that is missing or contradicts itself.
+    """
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+        raise damaged(where, f"{len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} types")
+    named = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in named}
+    # Some files name an id past the vocabulary; llama.cpp takes it for none, and so do we.
+    ids = {name: token for name, token in found.items() if token is not None and token < len(tokens)}
+    stops = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    # Padding is masked out of the loss. A pad token that also ends a turn (SmolLM2 ships <|im_end|> as both)
+    # would hide the end from training, and the model would never learn to stop.
+    pads = [ids.get("padding"), *(tokens.index(name) for name in PAD_NAMES if name in tokens)]
+    pad = next((token for token in pads if token is not None and token not in stops), None)
+    special = (ids.get("bos"), ids.get("eos"), ids.get("unknown"), pad, stops)
+    return Vocabulary(metadata, where, tokens, types, *special)
+
+
+def damaged(where: Path, found: str) -> UserError:
+    """Make the error for a vocabulary that contradicts itself."""
+    return UserError(f"{where}: the vocabulary has {found}; expected a whole one; download the file again")
