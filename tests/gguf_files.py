@@ -1,4 +1,4 @@
-"""GGUF files of tiny random Llamas, written by hand as llama.cpp would write them."""
+"""GGUF files of tiny random models: Llamas written by hand as llama.cpp would, others by the writer of exports."""
 
 import json
 from collections.abc import Callable
@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
+from tiny_models import write_family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common.base.tensor_files import TensorSpec
+from common.base.weights import read_model_config
+from common.export.gguf_model import write_gguf_model
+from common.export.gguf_vocabulary import vocabulary_metadata
+from common.export.tensors import model_tensors
 
 CORPUS = [
     "the cat sat on the mat",
@@ -17,6 +24,18 @@ CORPUS = [
     "def f(x):\n    return x + 1",
     "naïve café 😀",
 ] * 3
+# What tokenizers trip over: spaces, line ends, digits, cases, scripts, joined characters, tokens written as text.
+TEXTS = [
+    *("", " ", "  ", " a ", "\n", "\n\n\n", " \n \n", "\t\t x", "\r\n", "      deep", "  \n\n    indented\n\t\ttabs"),
+    *("Hello world", "It's 12345 days, isn't it? I'LL SAY'VE", "def f(x):\n    return x + 1\n\n\n"),
+    *("1 22 333 4444 55555 3.14159e-10", "1,234,567.89 $5 €6 50%", "½ ² Ⅷ ٣٤", "!!!...???---___***", "<<>>[[]]{{}}"),
+    *("aaaaaaaaaaaaaaaaaaaaaaaa", "=================", "http://a.b/c?d=e&f=g#h", "CamelCaseHTMLParserIOError"),
+    *("naïve café", "你好，世界。こんにちは 안녕하세요 สวัสดี", "مرحبا بالعالم שלום", "नमस्ते दुनिया", "İı ß ẞ ſ", "𝔘𝔫𝔦 𐍈"),
+    *("😀👨\u200d👩\u200d👧🇫🇷 ☃\ufe0f", "\u200b\ufeff\u00a0\u3000x\u2028y", "\x01\x7f", "ﬁ ﬂ", "'s 't 'RE '"),
+    *("<bos>hi<eos><start_of_turn>user\nhi<end_of_turn>\n", "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>"),
+    *("<|im_start", "▁▁a▁b", "<0x41><0xFF>", "[multimodal]<unused5><mask>", "a\n\nb\n \nc", "Ġthe Ċ", "</s><unk>"),
+    *("e\u0301", "a\u0301\u0327 's", "\u1100\u1161\u11a8"),
+]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 # Rows, columns, head size and heads all differ, so that no transposition or mix-up goes unseen.
@@ -30,6 +49,8 @@ SHAPE = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
 }
+# Of the K-quants: where a block has its scales, float16.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -43,14 +64,14 @@ PARTS = {
 }
 
 
-def trained_bpe(pre: pre_tokenizers.PreTokenizer) -> Tokenizer:
+def trained_bpe(pre: pre_tokenizers.PreTokenizer, corpus: list[str] = CORPUS, size: int = 320) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 
@@ -105,16 +126,18 @@ def write_gguf(
 ) -> Path:
     """Write `model` as llama.cpp would, and round its own weights to what the quantised ones say."""
     writer = GGUFWriter(path, arch)
-    writer.add_block_count(SHAPE["num_hidden_layers"])
-    writer.add_context_length(SHAPE["max_position_embeddings"])
-    writer.add_embedding_length(SHAPE["hidden_size"])
-    writer.add_feed_forward_length(SHAPE["intermediate_size"])
-    writer.add_head_count(SHAPE["num_attention_heads"])
-    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
-    writer.add_key_length(SHAPE["head_dim"])
-    writer.add_rope_dimension_count(SHAPE["head_dim"])
-    writer.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(SHAPE["rms_norm_eps"])
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     vocabulary(writer)
     extra(writer)
     for name, weights in gguf_weights(model).items():
@@ -122,9 +145,9 @@ def write_gguf(
             continue
         part = name.split(".")[-2]
         kind = GGMLQuantizationType[(quantised or {}).get(part, "F32") if weights.ndim == 2 else "F32"]
-        rounded = quantize(weights.detach().numpy(), kind)
+        rounded = packed(weights.detach().numpy(), kind)
         weights.data.copy_(torch.from_numpy(dequantize(rounded, kind)))
-        heads = {"attn_q": SHAPE["num_attention_heads"], "attn_k": SHAPE["num_key_value_heads"]}.get(part)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part)
         writer.add_tensor(name, permuted(rounded, heads) if heads else rounded, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -133,10 +156,21 @@ def write_gguf(
     return path
 
 
+def packed(weights: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Quantise, or make up blocks of a kind that `gguf` can only undo: random bits under small scales."""
+    if kind.name not in SCALES:
+        return quantize(weights, kind)
+    numbers, num_bytes = GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (weights.size // numbers, num_bytes), np.uint8)
+    for place in SCALES[kind.name]:
+        blocks[:, place : place + 2] = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
+    return blocks.reshape(len(weights), -1)
+
+
 def gguf_weights(model: transformers.LlamaForCausalLM) -> dict[str, torch.nn.Parameter]:
     weights = dict(model.named_parameters())
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    for layer in range(SHAPE["num_hidden_layers"]):
+    for layer in range(model.config.num_hidden_layers):
         names |= {f"blk.{layer}.{part}": f"model.layers.{layer}.{target}" for part, target in PARTS.items()}
     pairs = ((f"{name}.{kind}", f"{target}.{kind}") for name, target in names.items() for kind in ("weight", "bias"))
     return {name: weights[target] for name, target in pairs if target in weights}
@@ -153,3 +187,28 @@ def load_model(folder: Path) -> transformers.LlamaForCausalLM:
     )
     assert not any(report.values()), report
     return model.eval()
+
+
+def write_exportable(directory: Path, model_type: str, **changes: object) -> Path:
+    """Write a tiny checkpoint of an architecture that llama.cpp computes as it stands; returns the folder."""
+    write_family(directory, model_type, **changes)
+    if model_type == "mistral":  # within its window alone does llama.cpp compute the same
+        change_config(directory, sliding_window=128, max_position_embeddings=128)
+    if model_type.startswith("gemma"):  # anything but the size of a head is refused
+        change_config(directory, query_pre_attn_scalar=16)
+    return directory
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    config = read_model_config(directory) | changes
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def as_gguf(folder: Path, model: Path) -> Path:
+    """Write a model as it is, by the writer of merged models; returns the file."""
+    tensors = model_tensors(model)
+    specs = [TensorSpec(name, tensors.shape(name), "float32") for name in tensors]
+    config = read_model_config(model)
+    vocabulary = vocabulary_metadata(model, [], config["vocab_size"])
+    write_gguf_model(folder, config, vocabulary, specs, map(tensors.read, tensors), "float32", "base")
+    return folder / "model-f32.gguf"

@@ -1,21 +1,17 @@
 """GGUF exports as llama.cpp computes them: adapters and merged models of each architecture that is offered."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from exports import make_adapter, model_logits, peft_logits, run_export
+from gguf_files import as_gguf, write_exportable
 from llama_cpp import CLOSE, expected, log_probabilities
 from tiny_models import write_family, write_llama
 
-from common.base.tensor_files import TensorSpec
 from common.base.weights import read_model_config
 from common.errors import UserError
 from common.export.gguf_metadata import model_metadata
-from common.export.gguf_model import write_gguf_model
-from common.export.gguf_vocabulary import vocabulary_metadata
-from common.export.tensors import model_tensors
 from common.gguf.architectures import ARCHITECTURES
 from common.gguf.convert import convert_gguf
 from common.gguf.names import gguf_names
@@ -26,17 +22,7 @@ LOOSE = {"float16": {"atol": 2e-3}, "bfloat16": {"atol": 5e-2}, "q8_0": {"atol":
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_family(tmp_path_factory.mktemp("gguf") / request.param, request.param)
-    if request.param == "mistral":  # within its window alone does llama.cpp compute the same: see the test of that
-        change_config(directory, sliding_window=128)
-    if request.param.startswith("gemma"):  # anything else is refused: see the test of that
-        change_config(directory, query_pre_attn_scalar=16)
-    return directory
-
-
-def change_config(directory: Path, **changes: object) -> None:
-    config = read_model_config(directory) | changes
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return write_exportable(tmp_path_factory.mktemp("gguf") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +39,10 @@ def test_llama_cpp_loads_the_merged_model(tmp_path: Path, model: Path, adapter: 
 
 def test_llama_cpp_loads_the_adapter_over_its_base(tmp_path: Path, model: Path, adapter: Path):
     run_export(adapter, tmp_path / "out", "gguf")
-    base = write_base(tmp_path, model)
+    base = as_gguf(tmp_path, model)
     found = log_probabilities(base, tmp_path / "out" / "adapter-f32.gguf")
     np.testing.assert_allclose(found, expected(peft_logits(model, adapter)), **CLOSE)
     assert np.abs(found - expected(model_logits(model))).max() > 0.1  # the adapter does something
-
-
-def write_base(folder: Path, model: Path) -> Path:
-    """Write a model as it is, by the writer that the tests of merged models prove; returns the file."""
-    tensors = model_tensors(model)
-    specs = [TensorSpec(name, tensors.shape(name), "float32") for name in tensors]
-    config = read_model_config(model)
-    vocabulary = vocabulary_metadata(model, [], config["vocab_size"])
-    write_gguf_model(folder, config, vocabulary, specs, map(tensors.read, tensors), "float32", "base")
-    return folder / "model-f32.gguf"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from gguf import TokenType
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from common.errors import UserError
-from common.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_of
+from common.gguf.pre_tokenizers import PRE_TOKENIZERS, Rule
 from common.gguf.tokenizer import build_tokenizer
 from common.gguf.vocabulary import read_vocabulary
 
@@ -74,8 +74,8 @@ def _is_byte(token: str, parsed: dict[str, Any]) -> bool:
 
 
 def _bytes(parsed: dict[str, Any], path: Path) -> dict[str, Any]:
-    rule = _plain(parsed["pre_tokenizer"])
-    pre = next((name for name in PRE_TOKENIZERS if _plain(_rule(name)) == rule), None)
+    found = _plain(parsed["pre_tokenizer"]), bool(parsed["model"].get("ignore_merges"))
+    pre = next((name for name, rule in PRE_TOKENIZERS.items() if (_cuts(rule), rule.ignore_merges) == found), None)
     if pre is None:
         raise _refusal(path, "a way of cutting words that no rule of llama.cpp known here has")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
@@ -119,10 +119,8 @@ def _check(metadata: dict[str, Any], path: Path, parsed: dict[str, Any]) -> None
             raise _refusal(path, f"tokens that llama.cpp's rules would not make of {text[:40]!r}")
 
 
-def _rule(pre: str) -> Any:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
-    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+def _cuts(rule: Rule) -> Any:
+    return _plain(json.loads(rule.tokenizer({}, []).to_str())["pre_tokenizer"])
 
 
 def _plain(rule: Any) -> Any:

@@ -8,7 +8,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from common.errors import UserError
-from common.gguf.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, pre_tokenizer_of
+from common.gguf.pre_tokenizers import PRE_TOKENIZERS
 from common.gguf.vocabulary import Vocabulary, damaged
 
 # SentencePiece's stand-in for a space.
@@ -90,13 +90,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         merges.append((line[:cut], line[cut + 1 :]))
         if not {line[:cut], line[cut + 1 :], line[:cut] + line[cut + 1 :]} <= ids.keys():
             raise damaged(vocabulary.where, f"the merge {line!r} of texts that are not all tokens")
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LLAMA3))
-    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        # No GGUF says so and llama.cpp doesn't do it, but Qwen's models were trained on composed characters.
-        tokenizer.normalizer = normalizers.NFC()
-    return tokenizer
+    return PRE_TOKENIZERS[pre].tokenizer(ids, merges)
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.gguf.pre_tokenizers import LLAMA3
+from common.gguf.pre_tokenizers import PRE_TOKENIZERS, Rule
 
 # Names that vocabularies give a token that only pads, most telling first.
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -35,7 +35,7 @@ class Vocabulary:
     @property
     def adds_bos(self) -> bool:
         """Tell whether every text starts with BOS; where the file doesn't say, as llama.cpp decides."""
-        usual = self.setting("model") == "llama" or self.setting("pre") in LLAMA3
+        usual = self.setting("model") == "llama" or PRE_TOKENIZERS.get(self.setting("pre"), Rule()).adds_bos
         return self.bos is not None and bool(self.setting("add_bos_token", usual))
 
     @property
