@@ -7,6 +7,7 @@ import pytest
 from exports import TOKENS, model_logits
 from gguf_files import as_gguf, write_exportable
 from llama_cpp import CLOSE, expected, log_probabilities
+from tiny_models import YARN
 
 from common.base.weights import read_model_config
 from common.config import TrainConfig
@@ -15,10 +16,21 @@ from common.export.tensors import model_tensors
 from common.gguf.architectures import ARCHITECTURES
 from common.gguf.convert import convert_gguf
 
+SCALED = {
+    "llama": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+    "qwen2": YARN | {"rope_type": "yarn"},
+    "gemma3_text": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 70000.0, "factor": 8.0},  # Gemma 3 4B and larger
+    },
+}
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *(f"{name} scaled" for name in SCALED)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_exportable(tmp_path_factory.mktemp("gguf") / request.param, request.param)
+    model_type, _, scaled = request.param.partition(" ")
+    changes = {"rope_parameters": SCALED[model_type]} if scaled else {}
+    return write_exportable(tmp_path_factory.mktemp("gguf") / model_type, model_type, **changes)
 
 
 @pytest.fixture(scope="module")

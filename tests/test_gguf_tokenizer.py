@@ -134,36 +134,56 @@ def test_each_pre_tokenizer_gives_llama_cpps_tokens(tmp_path: Path, pre: str) ->
     assert [tokenizer(text).input_ids for text in texts] == tokenize(source, texts)
 
 
-def test_a_sentencepiece_vocabulary_encodes_as_sentencepiece_does(tmp_path: Path) -> None:
+WHOLE = ["\n", "\n\n", "▁▁", "▁▁▁", "<b>"]  # pieces that a text is cut into before all others, as Gemma has them
+
+
+@pytest.mark.parametrize("whole", [[], WHOLE], ids=["as Llama 2", "as Gemma"])
+def test_a_sentencepiece_vocabulary_encodes_as_sentencepiece_and_llama_cpp_do(tmp_path: Path, whole: list[str]) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_prefix=str(tmp_path / "spm"),
         model_type="bpe",
-        vocab_size=320,
+        vocab_size=330,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        add_dummy_prefix=not whole,
+        user_defined_symbols=whole,
+        control_symbols=["<end_of_turn>"],
         minloglevel=2,
     )
     original = sentencepiece.SentencePieceProcessor(str(tmp_path / "spm.model"))
+    kinds = {original.is_unknown: TokenType.UNKNOWN, original.is_control: TokenType.CONTROL}
+    kinds |= {
+        original.is_byte: TokenType.BYTE,
+        lambda token: original.id_to_piece(token) in whole: TokenType.USER_DEFINED,
+    }
+    kinds |= {lambda token: True: TokenType.NORMAL}
 
     def vocabulary(writer: GGUFWriter) -> None:
-        kinds = {original.is_unknown: TokenType.UNKNOWN, original.is_control: TokenType.CONTROL}
-        kinds |= {original.is_byte: TokenType.BYTE, lambda token: True: TokenType.NORMAL}
         tokens = range(original.vocab_size())
+        pieces = [original.id_to_piece(token) for token in tokens]
         writer.add_tokenizer_model("llama")
-        writer.add_token_list([original.id_to_piece(token) for token in tokens])
+        # llama.cpp's converter writes the spaces of such pieces as they are.
+        writer.add_token_list([piece.replace("▁", " ") if piece in whole else piece for piece in pieces])
         writer.add_token_scores([original.get_score(token) for token in tokens])
         writer.add_token_types([next(kind for is_, kind in kinds.items() if is_(token)) for token in tokens])
         writer.add_bos_token_id(original.bos_id())
         writer.add_eos_token_id(original.eos_id())
+        writer.add_add_space_prefix(not whole)
 
-    tokenizer = converted_tokenizer(tmp_path, vocabulary)
-    texts = [*CORPUS, "matmat  thethe\n cat", "你好 5", " the", *TEXTS]
-    for text, from_llama_cpp in zip(texts, tokenize(tmp_path / "model.gguf", texts), strict=True):
+    source = tmp_path / "model.gguf"
+    write_gguf(source, tiny_llama(vocab_size=original.vocab_size()), vocabulary=vocabulary)
+    convert_gguf(source, tmp_path / "folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    texts = [*CORPUS, "matmat  thethe\n cat", "你好 5", " the", "a\n\n\n  b   c<b>d", *TEXTS]
+    for text, from_llama_cpp in zip(texts, tokenize(source, texts), strict=True):
         ids = tokenizer(text).input_ids
         assert ids == from_llama_cpp
-        if "</s>" not in text and "<0x" not in text:  # SentencePiece itself takes control tokens for text
+        # SentencePiece takes the first three for plain text, and the last for a space.
+        if not any(written in text for written in ("</s>", "<0x", "<end_of_turn>", "▁")):
             assert ids == [original.bos_id(), *original.encode(text)]
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("▁", " ")
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    ends = [original.eos_id(), original.piece_to_id("<end_of_turn>")]
+    assert json.loads((tmp_path / "folder" / "generation_config.json").read_text())["eos_token_id"] == ends

@@ -11,11 +11,10 @@ from common.gguf.architectures import ARCHITECTURES, SETTINGS, WINDOW_PATTERN, A
 from common.gguf.file import GgufFile
 from common.gguf.names import GgufNames, gguf_names
 from common.gguf.rope import LOCAL_THETA, rope_options
-from common.gguf.rope import SETTINGS as ROPE_SCALING
+from common.gguf.rope import SETTINGS as ROPE_SETTINGS
 from common.gguf.vocabulary import Vocabulary
 
-# Settings that are read elsewhere, or that change nothing.
-OTHERS = {"rope.freq_base", "rope.scale_linear", *(f"rope.scaling.{key}" for key in ROPE_SCALING), "tensor_data_layout"}
+CHANGES_NOTHING = {"tensor_data_layout"}
 
 
 def model_type_of(gguf: GgufFile) -> str:
@@ -51,7 +50,7 @@ def model_config(gguf: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _refuse_unknown(gguf: GgufFile, architecture: Architecture) -> None:
-    known = {*SETTINGS, *architecture.settings, *OTHERS}
+    known = {*SETTINGS, *architecture.settings, *ROPE_SETTINGS, *CHANGES_NOTHING}
     if architecture.is_gemma:
         known |= {WINDOW_PATTERN, LOCAL_THETA}
     for key, value in gguf.metadata.items():

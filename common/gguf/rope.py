@@ -27,8 +27,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Of rope.scaling: what is read, and what changes nothing.
-SETTINGS = ("type", "factor", "original_context_length", "finetuned")
+SCALING = "rope.scaling"
+# Read here, but for the last, which changes nothing.
+SETTINGS = {"rope.freq_base", "rope.scale_linear", f"{SCALING}.type", f"{SCALING}.factor"}
+SETTINGS |= {f"{SCALING}.original_context_length", f"{SCALING}.finetuned"}
+# What llama.cpp's YaRN computes with, where a GGUF says no more than factor and length.
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None}
+YARN |= {"mscale": None, "mscale_all_dim": None}
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,21 +41,26 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     by_layer = config.get("rope_parameters") or {}
     if "full_attention" in by_layer:  # Gemma 3: one for windows, one for all
         local, everywhere = by_layer["sliding_attention"], by_layer["full_attention"]
-        return {LOCAL_THETA: float(local["rope_theta"]), **_scaled(everywhere["rope_theta"], everywhere)}
+        return {LOCAL_THETA: float(local["rope_theta"]), **_scaled(everywhere["rope_theta"], everywhere, config)}
     rope = rope_in_both_forms(dict(config))
-    return _scaled(rope.get("rope_theta", THETA), rope.get("rope_scaling") or {})
+    return _scaled(rope.get("rope_theta", THETA), rope.get("rope_scaling") or {}, config)
 
 
-def _scaled(theta: float, scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _scaled(theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     kind = _kind(scaling)
-    if kind not in ("default", "linear", "llama3"):  # llama3 is a tensor: frequency_factors
+    if kind not in ("default", "linear", "yarn", "llama3"):  # llama3 is a tensor: frequency_factors
         raise UserError(
             f"rope_scaling: {kind} is not exported to GGUF here; write --to merged, and convert that folder"
         )
-    linear = (
-        {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])} if kind == "linear" else {}
-    )
-    return {"rope.freq_base": float(theta), **linear}
+    settings: dict[str, Any] = {"rope.freq_base": float(theta)}
+    if kind in ("linear", "yarn"):
+        settings |= {f"{SCALING}.type": kind, f"{SCALING}.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        settings[f"{SCALING}.original_context_length"] = original
+        if unusual := {key: value for key, value in scaling.items() if value != YARN.get(key, value)}:
+            raise UserError(f"rope_scaling: a GGUF's YaRN has no {unusual}; write --to merged, and convert that folder")
+    return settings
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
@@ -93,17 +103,20 @@ def rope_options(gguf: GgufFile, architecture: Architecture, head_dim: int) -> d
 
 
 def _scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = gguf.setting("rope.scaling.type", "linear")
-    factor = gguf.number("rope.scaling.factor", gguf.number("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
-        raise gguf.refusal(f"{gguf.architecture}.rope.scaling.type is {kind!r}", "none or linear")
-    linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+    """Return `rope_scaling`, None for plain RoPE."""
+    kind = gguf.setting(f"{SCALING}.type", "linear")
+    factor = gguf.number(f"{SCALING}.factor", gguf.number("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise gguf.refusal(f"{gguf.architecture}.{SCALING}.type is {kind!r}", "none, linear or yarn")
+    scaling = {"rope_type": kind, "factor": factor} if kind != "none" and factor != 1 else None
+    if scaling and kind == "yarn":
+        scaling["original_max_position_embeddings"] = gguf.number(f"{SCALING}.original_context_length")
     if FACTORS not in gguf.tensors:
-        return linear
+        return scaling
     found = gguf.tensors[FACTORS].read()
     llama3 = {**LLAMA3, "factor": round(float(found.max()), 3)}
     expected = llama3_factors(llama3, theta, head_dim)
     # llama.cpp computes them in float32: 1e-4 is far above its rounding, far below another setting's effect.
-    if linear or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+    if scaling or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
         raise gguf.refusal(f"{FACTORS} has a scaling that differs from Llama 3's", "factors 1 and 4, 8192")
     return llama3

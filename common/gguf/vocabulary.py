@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
+
 from common.errors import UserError
 from common.gguf.pre_tokenizers import PRE_TOKENIZERS, Rule
 
+# Control tokens that end a turn whatever the file says of them, as llama.cpp takes them.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
 # Names that vocabularies give a token that only pads, most telling first.
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -61,7 +65,9 @@ def read_vocabulary(metadata: Mapping[str, Any], where: Path) -> Vocabulary:
     found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in named}
     # Some files name an id past the vocabulary; llama.cpp takes it for none, and so do we.
     ids = {name: token for name, token in found.items() if token is not None and token < len(tokens)}
-    stops = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    ends = [tokens.index(name) for name in TURN_ENDS if name in tokens]
+    ends = [token for token in ends if types[token] == TokenType.CONTROL]
+    stops = tuple(dict.fromkeys([*(ids[name] for name in ("eos", "eot", "eom") if name in ids), *ends]))
     # Padding is masked out of the loss. A pad token that also ends a turn (SmolLM2 ships <|im_end|> as both)
     # would hide the end from training, and the model would never learn to stop.
     pads = [ids.get("padding"), *(tokens.index(name) for name in PAD_NAMES if name in tokens)]
