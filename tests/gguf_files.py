@@ -192,7 +192,7 @@ def load_model(folder: Path) -> transformers.LlamaForCausalLM:
 def write_exportable(directory: Path, model_type: str, **changes: object) -> Path:
     """Write a tiny checkpoint of an architecture that llama.cpp computes as it stands; returns the folder."""
     write_family(directory, model_type, **changes)
-    if model_type == "mistral":  # within its window alone does llama.cpp compute the same
+    if model_type in ("mistral", "phi3"):  # within its window alone does llama.cpp compute the same
         change_config(directory, sliding_window=128, max_position_embeddings=128)
     if model_type.startswith("gemma"):  # anything but the size of a head is refused
         change_config(directory, query_pre_attn_scalar=16)

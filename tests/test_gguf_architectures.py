@@ -7,7 +7,7 @@ import pytest
 from exports import TOKENS, model_logits
 from gguf_files import as_gguf, write_exportable
 from llama_cpp import CLOSE, expected, log_probabilities
-from tiny_models import YARN
+from tiny_models import LONG_ROPE, YARN
 
 from common.base.weights import read_model_config
 from common.config import TrainConfig
@@ -23,6 +23,7 @@ SCALED = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 70000.0, "factor": 8.0},  # Gemma 3 4B and larger
     },
+    "phi3": LONG_ROPE | {"original_max_position_embeddings": 128},
 }
 
 

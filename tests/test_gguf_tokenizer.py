@@ -115,7 +115,7 @@ def test_qwen2_composes_characters_first(tmp_path: Path) -> None:
 
 def read_alike(pre: str, text: str) -> bool:
     """Tell whether llama.cpp reads a text as the models' own tokenizers do, as ours have to."""
-    if pre == "tekken":  # llama.cpp's pattern has no word for letters that only join others
+    if pre in ("tekken", "gpt-4o"):  # llama.cpp's pattern has no word for letters that only join others
         return not any(unicodedata.category(letter).startswith("M") for letter in text)
     return not PRE_TOKENIZERS[pre].composes or unicodedata.is_normalized("NFC", text)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
-from gguf.quants import dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFWriter, Keys
+from gguf.quants import quantize
 
 from common.config import LoraConfig
 from common.errors import UserError
 from common.export.adapt import one_alpha, refuse
 from common.export.adapter import Adapter, Part
 from common.export.source import Source
+from common.gguf.file import read_gguf
 from common.gguf.names import GgufNames, gguf_names
 from common.lora import HEAD
 
@@ -60,9 +61,9 @@ def write_gguf_adapter(folder: Path, adapter: Adapter, source: Source, dtype: st
 
 def read_gguf_adapter(path: Path, source: Source) -> Adapter:
     """Read the file back as llama.cpp does, into PEFT's names and order."""
-    reader = GGUFReader(path)
-    alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
-    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    gguf = read_gguf(path)
+    alpha = gguf.metadata[Keys.Adapter.LORA_ALPHA]
+    tensors = {name: tensor.read() for name, tensor in gguf.tensors.items()}
     names = gguf_names(source.model_config())
     modules = {names.name(f"{module}.weight"): module for module in source.adapter.parts}
     parts = {}

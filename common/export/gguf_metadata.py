@@ -14,7 +14,7 @@ from gguf import GGUFWriter, LlamaFileType
 from common.errors import UserError
 from common.gguf.architectures import FRACTIONS, SETTINGS, SOFT_CAPS, WINDOW_PATTERN, Architecture, head_size
 from common.gguf.names import GgufNames
-from common.gguf.rope import rope_settings
+from common.gguf.rope import rope_settings, rotated_part
 
 FILE_TYPES = {
     "float32": LlamaFileType.ALL_F32,
@@ -33,13 +33,14 @@ def model_metadata(names: GgufNames, title: str, dtype: str) -> dict[str, Any]:
         **config,
         "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": head_size(config),
-        "max_position_embeddings": _context(config),
+        "max_position_embeddings": _context(config, architecture),
     }
     settings = {
         key: float(options[option]) if option in FRACTIONS else options[option]
         for key, option in {**SETTINGS, **architecture.settings}.items()
+        if options[option] is not None
     }
-    settings |= rope_settings(config)
+    settings |= rope_settings(config, architecture)
     if architecture.is_gemma and config.get("layer_types"):
         settings[WINDOW_PATTERN] = [kind == "sliding_attention" for kind in config["layer_types"]]
     general = {"general.name": title, "general.file_type": int(FILE_TYPES[dtype]), "general.quantization_version": 2}
@@ -76,7 +77,7 @@ def _refuse(config: Mapping[str, Any], architecture: Architecture) -> None:
     elif wrong := capped.symmetric_difference(caps.keys() & architecture.settings.values()):
         (option, *_) = sorted(wrong)
         found = f"its {option} is {caps[option]}, which llama.cpp doesn't compute for it"
-    elif (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
+    elif rotated_part(config) != 1.0 and not architecture.partial_rotary:
         found = "it has a partial rotary embedding, which llama.cpp doesn't compute for it"
     if found:
         raise UserError(
@@ -84,7 +85,7 @@ def _refuse(config: Mapping[str, Any], architecture: Architecture) -> None:
         )
 
 
-def _context(config: Mapping[str, Any]) -> int:
+def _context(config: Mapping[str, Any], architecture: Architecture) -> int:
     """Return the longest text: a Mistral's window, within which llama.cpp's full attention is the same."""
     longest, window = config["max_position_embeddings"], config.get("sliding_window")
-    return int(min(longest, window) if config["model_type"] == "mistral" and window else longest)
+    return int(min(longest, window) if architecture.windowless and window else longest)

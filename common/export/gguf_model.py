@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
-from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from common.base.tensor_files import TensorSpec, write_safetensors
 from common.base.weights import rope_in_both_forms
 from common.engine import Array
 from common.export.gguf_metadata import add_metadata, model_metadata
+from common.gguf.file import read_gguf
 from common.gguf.names import gguf_names
-from common.gguf.rope import FACTORS, frequency_factors
+from common.gguf.rope import frequency_factors
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 MODELFILE = """\
@@ -54,15 +56,14 @@ def write_gguf_model(
     writer = GGUFWriter(folder / model_file(dtype), names.architecture.name)
     writer.add_type("model")
     add_metadata(writer, metadata)
-    if factors is not None:
-        tensors.append((FACTORS, factors.shape, GGMLQuantizationType.F32))
+    tensors += [(name, array.shape, GGMLQuantizationType.F32) for name, array in factors.items()]
     for name, shape, kind in tensors:
         _announce(writer, name, shape, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for (name, _, kind), array in zip(tensors, _with(values, factors), strict=True):
-        ordered = array if name == FACTORS else names.to_gguf(name, array)
+    for (name, _, kind), array in zip(tensors, chain(values, factors.values()), strict=True):
+        ordered = array if name in factors else names.to_gguf(name, array)
         writer.write_tensor_data(quantize(np.ascontiguousarray(ordered), kind))
     writer.close()
     (folder / "Modelfile").write_text(MODELFILE.format(model=model_file(dtype)), encoding="utf-8")
@@ -71,14 +72,10 @@ def write_gguf_model(
 def read_gguf_model(path: Path, folder: Path, config: Mapping[str, Any], tensors: Iterable[str], dtype: str) -> None:
     """Write the tensors of a GGUF as a Hugging Face folder for an engine to open, under the names of `tensors`."""
     names = gguf_names(config)
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    sources = {name: names.name(name) for name in tensors}
-    shapes = {name: tuple(int(size) for size in reversed(stored[source].shape)) for name, source in sources.items()}
-    specs = [TensorSpec(name, shapes[name], dtype) for name in sources]
-    values = (
-        names.from_gguf(source, dequantize(stored[source].data, stored[source].tensor_type).reshape(shapes[name]))
-        for name, source in sources.items()
-    )
+    stored = read_gguf(path).tensors
+    sources = {name: stored[names.name(name)] for name in tensors}
+    specs = [TensorSpec(name, source.shape, dtype) for name, source in sources.items()]
+    values = (names.from_gguf(source.name, source.read()) for source in sources.values())
     write_safetensors(folder / "model.safetensors", specs, values)
     text = json.dumps({**config, **rope_in_both_forms(dict(config))})
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -96,9 +93,3 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQ
     stored = shape if plain else quant_shape_to_byte_shape(shape, kind)
     dtype = np.dtype(plain or np.uint8)
     writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
-
-
-def _with(values: Iterable[Array], last: Array | None) -> Iterable[Array]:
-    yield from values
-    if last is not None:
-        yield last

@@ -13,7 +13,7 @@ from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
-from common.gguf.layouts import ATTENTION, GEMMA2, GEMMA3, LLAMA, MLP, QKV, QWEN3, Layout
+from common.gguf.layouts import ATTENTION, GEMMA2, GEMMA3, LLAMA, MLP, PHI3, QKV, QWEN3, Layout
 
 # llama.cpp's setting, behind the architecture's name: Hugging Face's option.
 SETTINGS = {
@@ -25,7 +25,6 @@ SETTINGS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
-    "rope.dimension_count": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
@@ -50,6 +49,9 @@ class Architecture:
     tied: bool = False  # always: there is no other head
     settings: Mapping[str, str] = field(default_factory=dict)  # beyond SETTINGS
     defaults: Mapping[str, Any] = field(default_factory=dict)  # llama.cpp's of those options
+    rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")  # that its graph computes
+    partial_rotary: bool = False  # a part of a head may be rotated
+    windowless: bool = False  # llama.cpp sees everything where Hugging Face has a window
     window_pattern: int = 0  # every so many layers one sees everything, where no list says which
     local_theta: float | None = None  # of the rotary embedding of layers with a window, where they have their own
     layers_scaled_by_width: int = 0  # the model of so many layers scales attention by hidden_size / heads
@@ -77,10 +79,20 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 
 _LLAMA_BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+_LLAMA_ROPES = ("default", "linear", "yarn", "llama3")
 # By model_type. Of those that share a graph, the first is what a GGUF is read as.
 ARCHITECTURES = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, "LlamaForCausalLM", LLAMA, optional_biases=_LLAMA_BIASES, permuted=True),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, "MistralForCausalLM", LLAMA, permuted=True),
+    "llama": Architecture(
+        MODEL_ARCH.LLAMA,
+        "LlamaForCausalLM",
+        LLAMA,
+        optional_biases=_LLAMA_BIASES,
+        permuted=True,
+        rope_kinds=_LLAMA_ROPES,
+    ),
+    "mistral": Architecture(
+        MODEL_ARCH.LLAMA, "MistralForCausalLM", LLAMA, permuted=True, rope_kinds=_LLAMA_ROPES, windowless=True
+    ),
     "qwen2": Architecture(MODEL_ARCH.QWEN2, "Qwen2ForCausalLM", LLAMA, biased=QKV),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, "Qwen3ForCausalLM", QWEN3),
     "gemma2": Architecture(
@@ -106,5 +118,15 @@ ARCHITECTURES = {
         window_pattern=6,
         local_theta=10000.0,
         layers_scaled_by_width=62,  # Gemma 3 27B
+    ),
+    "phi3": Architecture(
+        MODEL_ARCH.PHI3,
+        "Phi3ForCausalLM",
+        PHI3,
+        settings=WINDOW,
+        defaults={"sliding_window": None},
+        rope_kinds=("default", "longrope"),
+        partial_rotary=True,
+        windowless=True,
     ),
 }

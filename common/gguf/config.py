@@ -66,6 +66,9 @@ def _options(gguf: GgufFile, architecture: Architecture, num_tokens: int) -> dic
     for key, option in {**SETTINGS, **architecture.settings}.items():
         if option == "vocab_size":
             continue  # some files count the tokens of their tokenizer, without the rows that only fill up
+        if option in architecture.defaults and architecture.defaults[option] is None and not gguf.setting(key):
+            options[option] = None
+            continue
         default = options.get(option, architecture.defaults.get(option))
         if default is None and option == "num_key_value_heads":
             default = options["num_attention_heads"]

@@ -98,12 +98,16 @@ class GgufFile:
         value = self.setting(key, default)
         if not isinstance(value, int | float) or value <= 0:
             raise self.refusal(f"{self.architecture}.{key} is {value!r}", "one number above 0 for all layers")
-        # The shortest decimal that names a float32: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return shortest(value) if isinstance(value, float) else value
 
     def refusal(self, found: str, expected: str) -> UserError:
         """Make the error for a model that can't be expressed otherwise."""
         return UserError(f"{self.path}: {found}; expected {expected}; take the model's Hugging Face folder")
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that names a float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -30,6 +30,13 @@ LLAMA: Layout = {**ATTENTION, **MLP, **NORMS}
 QWEN3: Layout = {**LLAMA, **HEAD_NORMS}
 GEMMA2: Layout = {**LLAMA, **MLP_NORMS}
 GEMMA3: Layout = {**GEMMA2, **HEAD_NORMS}
+PHI3: Layout = {
+    "self_attn.qkv_proj": ("queries, keys, values", "hidden"),
+    "self_attn.o_proj": ("hidden", "queries"),
+    "mlp.gate_up_proj": ("gate and up", "hidden"),
+    "mlp.down_proj": ("hidden", "inner"),
+    **NORMS,
+}
 
 
 def tensor_shapes(
@@ -51,11 +58,14 @@ def tensor_shapes(
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    head = config["head_dim"]
+    head, inner = config["head_dim"], config["intermediate_size"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     return {
         "hidden": config["hidden_size"],
-        "inner": config["intermediate_size"],
+        "inner": inner,
+        "gate and up": 2 * inner,
         "head": head,
-        "queries": config["num_attention_heads"] * head,
-        "keys": config["num_key_value_heads"] * head,
+        "queries": queries,
+        "keys": keys,
+        "queries, keys, values": queries + 2 * keys,
     }

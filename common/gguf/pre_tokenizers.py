@@ -59,6 +59,8 @@ PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "smaug-bpe": Rule(_LLAMA3.patterns),
+    "dbrx": Rule(_LLAMA3.patterns),  # Phi 4
+    "gpt-4o": Rule((_CASED_WORDS.replace("SUFFIX", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", "{1,3}"),)),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,  # DeepSeek R1's distilled models
     "tekken": Rule(  # Mistral Nemo and later

@@ -2,11 +2,12 @@
 
 A GGUF of Llama 3.1 or later has no setting of its scaling, only a tensor of the number by which each frequency is
 divided. Those numbers are computed from the settings that all these models share, and the settings are taken if they
-agree.
+agree. LongRoPE's two lists of such numbers are tensors too, and stand in config.json as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,64 +17,90 @@ from common.base.weights import rope_in_both_forms
 from common.engine import Array
 from common.errors import UserError
 from common.gguf.architectures import Architecture, head_size
-from common.gguf.file import GgufFile
+from common.gguf.file import GgufFile, shortest
 
 FACTORS = "rope_freqs.weight"
-LOCAL_THETA = "rope.freq_base_swa"
-THETA = 10000.0  # both sides' default
+LISTS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+TENSORS = {FACTORS, *LISTS.values()}
+THETA, LOCAL_THETA, ROTATED = "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"
+KIND, FACTOR, ORIGINAL = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"
+OLD_FACTOR, ATTENTION_FACTOR = "rope.scale_linear", "rope.scaling.attn_factor"
+# The last changes nothing.
+SETTINGS = {THETA, ROTATED, KIND, FACTOR, OLD_FACTOR, ORIGINAL, ATTENTION_FACTOR, "rope.scaling.finetuned"}
+DEFAULT_THETA = 10000.0  # both sides'
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-SCALING = "rope.scaling"
-# Read here, but for the last, which changes nothing.
-SETTINGS = {"rope.freq_base", "rope.scale_linear", f"{SCALING}.type", f"{SCALING}.factor"}
-SETTINGS |= {f"{SCALING}.original_context_length", f"{SCALING}.finetuned"}
 # What llama.cpp's YaRN computes with, where a GGUF says no more than factor and length.
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None}
-YARN |= {"mscale": None, "mscale_all_dim": None}
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
 
 
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return llama.cpp's settings of a model's RoPE; raises UserError for a scaling that has none."""
+def rope_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Return llama.cpp's settings of a model's RoPE; raises UserError for a scaling that its graph doesn't have."""
     by_layer = config.get("rope_parameters") or {}
     if "full_attention" in by_layer:  # Gemma 3: one for windows, one for all
-        local, everywhere = by_layer["sliding_attention"], by_layer["full_attention"]
-        return {LOCAL_THETA: float(local["rope_theta"]), **_scaled(everywhere["rope_theta"], everywhere, config)}
-    rope = rope_in_both_forms(dict(config))
-    return _scaled(rope.get("rope_theta", THETA), rope.get("rope_scaling") or {}, config)
-
-
-def _scaled(theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = _kind(scaling)
-    if kind not in ("default", "linear", "yarn", "llama3"):  # llama3 is a tensor: frequency_factors
+        scaling = by_layer["full_attention"]
+        theta, local = scaling["rope_theta"], {LOCAL_THETA: float(by_layer["sliding_attention"]["rope_theta"])}
+    else:
+        rope = rope_in_both_forms(dict(config))
+        theta, local, scaling = rope.get("rope_theta", DEFAULT_THETA), {}, rope.get("rope_scaling") or {}
+    if (kind := _kind(scaling)) not in architecture.rope_kinds:
         raise UserError(
-            f"rope_scaling: {kind} is not exported to GGUF here; write --to merged, and convert that folder"
+            f"rope_scaling: {kind} is not exported to GGUF for {config['model_type']}; write --to merged, and convert "
+            "that folder"
         )
-    settings: dict[str, Any] = {"rope.freq_base": float(theta)}
-    if kind in ("linear", "yarn"):
-        settings |= {f"{SCALING}.type": kind, f"{SCALING}.factor": float(scaling["factor"])}
-    if kind == "yarn":
-        original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        settings[f"{SCALING}.original_context_length"] = original
-        if unusual := {key: value for key, value in scaling.items() if value != YARN.get(key, value)}:
-            raise UserError(f"rope_scaling: a GGUF's YaRN has no {unusual}; write --to merged, and convert that folder")
+    rotated = int(head_size(config) * rotated_part(config))
+    return {THETA: float(theta), **local, ROTATED: rotated, **_scaling_settings(scaling, config)}
+
+
+def _scaling_settings(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a scaling; what is divided by lists of numbers is a tensor: `frequency_factors`."""
+    longest = config["max_position_embeddings"]
+    original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    original = original or longest
+    settings: dict[str, Any] = {}
+    unusual = {"attention_factor": scaling["attention_factor"]} if scaling.get("attention_factor") else {}
+    match _kind(scaling):
+        case "linear":
+            settings = {KIND: "linear", FACTOR: float(scaling["factor"])}
+        case "yarn":
+            settings = {KIND: "yarn", FACTOR: float(scaling["factor"]), ORIGINAL: original}
+            unusual |= {key: value for key, value in scaling.items() if value != YARN.get(key, value)}
+        case "longrope":
+            settings = {ORIGINAL: original, ATTENTION_FACTOR: _attention_factor(longest, original)}
+    if unusual:
+        raise UserError(f"rope_scaling: a GGUF has no place for {unusual}; write --to merged, and convert that folder")
     return settings
+
+
+def _attention_factor(longest: int, original: int) -> float:
+    """Compute by how much LongRoPE's attention grows with the text (Ding 2024, equation 8, as both sides have it)."""
+    return math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
-def frequency_factors(config: Mapping[str, Any]) -> Array | None:
-    """Return the divisors of Llama 3's RoPE frequencies (head_dim / 2), which a GGUF holds as a tensor, or None."""
+def rotated_part(config: Mapping[str, Any]) -> float:
+    """Return which part of a head is rotated."""
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def frequency_factors(config: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the divisors of RoPE's frequencies (rotated / 2), by the names of a GGUF's tensors of them."""
     rope = rope_in_both_forms(dict(config))
     scaling = rope.get("rope_scaling") or {}
-    if _kind(scaling) != "llama3":
-        return None
-    return llama3_factors(scaling, rope["rope_theta"], head_size(config)).astype(np.float32)
+    match _kind(scaling):
+        case "longrope":
+            return {tensor: np.array(scaling[option], np.float32) for option, tensor in LISTS.items()}
+        case "llama3":
+            return {FACTORS: llama3_factors(scaling, rope["rope_theta"], head_size(config)).astype(np.float32)}
+    return {}
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Array:
@@ -91,10 +118,17 @@ def rope_options(gguf: GgufFile, architecture: Architecture, head_dim: int) -> d
     mlx-lm takes a theta of 10000 without a word where the older options are missing. Raises UserError for a scaling
     that Hugging Face's models don't have.
     """
-    theta = gguf.number("rope.freq_base", THETA)
+    theta, rotated = gguf.number(THETA, DEFAULT_THETA), gguf.number(ROTATED, head_dim)
     scaling = _scaling(gguf, theta, head_dim)
-    everywhere = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
-    options: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": everywhere}
+    if _kind(scaling) not in architecture.rope_kinds:
+        raise gguf.refusal(f"RoPE is scaled by {_kind(scaling)}", " or ".join(architecture.rope_kinds))
+    if rotated != head_dim and not architecture.partial_rotary:
+        raise gguf.refusal(f"{gguf.architecture}.{ROTATED} is {rotated}", f"the size of a head, {head_dim}")
+    further = {"partial_rotary_factor": rotated / head_dim} if architecture.partial_rotary else {}
+    everywhere = {"rope_theta": theta, **(scaling or {"rope_type": "default"}), **further}
+    if _kind(scaling) == "longrope":  # Phi 3's code looks for it here
+        further["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    options = {"rope_theta": theta, "rope_scaling": scaling or None, "rope_parameters": everywhere, **further}
     if architecture.local_theta is None:
         return options
     local = gguf.number(LOCAL_THETA, architecture.local_theta)
@@ -102,21 +136,34 @@ def rope_options(gguf: GgufFile, architecture: Architecture, head_dim: int) -> d
     return options | {"rope_local_base_freq": local, "rope_parameters": by_layer}
 
 
-def _scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return `rope_scaling`, None for plain RoPE."""
-    kind = gguf.setting(f"{SCALING}.type", "linear")
-    factor = gguf.number(f"{SCALING}.factor", gguf.number("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear", "yarn"):
-        raise gguf.refusal(f"{gguf.architecture}.{SCALING}.type is {kind!r}", "none, linear or yarn")
-    scaling = {"rope_type": kind, "factor": factor} if kind != "none" and factor != 1 else None
+def _scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """Return `rope_scaling`, empty for plain RoPE."""
+    kind, factor = gguf.setting(KIND, "linear"), gguf.number(FACTOR, gguf.number(OLD_FACTOR, 1.0))
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor} if kind != "none" and factor != 1 else {}
     if scaling and kind == "yarn":
-        scaling["original_max_position_embeddings"] = gguf.number(f"{SCALING}.original_context_length")
-    if FACTORS not in gguf.tensors:
-        return scaling
+        scaling["original_max_position_embeddings"] = gguf.number(ORIGINAL)
+    tensors = sorted(TENSORS & gguf.tensors.keys())
+    if tensors and (scaling or tensors not in ([FACTORS], sorted(LISTS.values()))):
+        raise gguf.refusal(f"{' and '.join(tensors)} with a scaling by {kind} {factor:g}", "one scaling, and whole")
+    if tensors:
+        return _llama3(gguf, theta, head_dim) if FACTORS in tensors else _longrope(gguf)
+    return scaling
+
+
+def _llama3(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     found = gguf.tensors[FACTORS].read()
     llama3 = {**LLAMA3, "factor": round(float(found.max()), 3)}
     expected = llama3_factors(llama3, theta, head_dim)
     # llama.cpp computes them in float32: 1e-4 is far above its rounding, far below another setting's effect.
-    if scaling or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
         raise gguf.refusal(f"{FACTORS} has a scaling that differs from Llama 3's", "factors 1 and 4, 8192")
     return llama3
+
+
+def _longrope(gguf: GgufFile) -> dict[str, Any]:
+    longest, original = gguf.number("context_length"), gguf.number(ORIGINAL)
+    usual, found = _attention_factor(longest, original), gguf.number(ATTENTION_FACTOR, 1.0)
+    if not math.isclose(found, usual, rel_tol=1e-5):
+        raise gguf.refusal(f"{gguf.architecture}.{ATTENTION_FACTOR} is {found}", f"LongRoPE's own, {usual:.6g}")
+    lists = {option: [shortest(each) for each in gguf.tensors[tensor].read()] for option, tensor in LISTS.items()}
+    return {"rope_type": "longrope", **lists, "original_max_position_embeddings": original}

@@ -18,7 +18,7 @@ from common.gguf.config import model_config
 from common.gguf.file import GgufFile, read_gguf
 from common.gguf.layouts import tensor_shapes
 from common.gguf.names import GgufNames, gguf_names
-from common.gguf.rope import FACTORS
+from common.gguf.rope import TENSORS as ROPE_TENSORS
 from common.gguf.tokenizer import tokenizer_files
 from common.gguf.vocabulary import read_vocabulary
 
@@ -83,7 +83,7 @@ def _shapes(gguf: GgufFile, config: Mapping[str, Any], names: GgufNames) -> dict
         biased |= modules if config[option] else {}
     shapes = dict(tensor_shapes(config, architecture.layout, biased, config["tie_word_embeddings"]))
     expected = {names.name(name): shape for name, shape in shapes.items()}
-    for name in gguf.tensors.keys() - expected.keys() - {FACTORS}:
+    for name in gguf.tensors.keys() - expected.keys() - ROPE_TENSORS:
         raise gguf.refusal(f"tensor {name} has no Hugging Face name", f"the tensors of a {config['model_type']} alone")
     for name, shape in expected.items():
         source = gguf.tensors.get(name)

@@ -51,6 +51,11 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
             f"{vocabulary.where}: the tokenizer is of kind {kind!r}; expected gpt2 (byte-level BPE) or llama "
             "(SentencePiece); take this model's Hugging Face folder instead"
         )
+    if kind == "llama" and vocabulary.metadata.get("general.architecture") == "phi3":
+        raise UserError(
+            f"{vocabulary.where}: the tokenizer is Phi 3's, which takes away spaces after some special tokens, and no "
+            "GGUF says after which; expected Phi 4's; take this model's Hugging Face folder instead"
+        )
     tokenizer = _byte_level(vocabulary) if kind == "gpt2" else _sentencepiece(vocabulary)
     tokenizer.add_tokens(_added_tokens(vocabulary))
     before = [vocabulary.bos] if vocabulary.bos is not None and vocabulary.adds_bos else []
