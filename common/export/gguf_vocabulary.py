@@ -19,10 +19,9 @@ from tokenizers import Tokenizer
 from common.errors import UserError
 from common.gguf.pre_tokenizers import PRE_TOKENIZERS, Rule
 from common.gguf.tokenizer import build_tokenizer
-from common.gguf.vocabulary import read_vocabulary
+from common.gguf.vocabulary import OTHER_ENDS, ROLES, read_vocabulary
 
 SAMPLES, SAMPLE_TOKENS = 64, 12
-ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def vocabulary_metadata(folder: Path, stops: Sequence[int], rows: int) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def _special(folder: Path, stops: Sequence[int], parsed: dict[str, Any]) -> dict
     metadata["tokenizer.ggml.add_bos_token"] = "bos" in found and encoded[0] == found["bos"]
     metadata["tokenizer.ggml.add_eos_token"] = "eos" in found and encoded[-1] == found["eos"]
     others = [index for index in stops if index != found.get("eos")]
-    metadata |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(("eot", "eom"), others, strict=False)}
+    metadata |= {f"tokenizer.ggml.{name}_token_id": index for name, index in zip(OTHER_ENDS, others, strict=False)}
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     return metadata | ({"tokenizer.chat_template": text} if isinstance(text, str) else {})

@@ -51,8 +51,8 @@ def model_config(gguf: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _refuse_unknown(gguf: GgufFile, architecture: Architecture) -> None:
     known = {*SETTINGS, *architecture.settings, *ROPE_SETTINGS, *CHANGES_NOTHING}
-    if architecture.is_gemma:
-        known |= {WINDOW_PATTERN, LOCAL_THETA}
+    known |= {WINDOW_PATTERN} if architecture.is_gemma else set()
+    known |= {LOCAL_THETA} if architecture.local_theta else set()
     for key, value in gguf.metadata.items():
         prefix, _, setting = key.partition(".")
         if prefix == gguf.architecture and setting not in known and value:

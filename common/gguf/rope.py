@@ -122,6 +122,8 @@ def rope_options(gguf: GgufFile, architecture: Architecture, head_dim: int) -> d
     scaling = _scaling(gguf, theta, head_dim)
     if _kind(scaling) not in architecture.rope_kinds:
         raise gguf.refusal(f"RoPE is scaled by {_kind(scaling)}", " or ".join(architecture.rope_kinds))
+    if _kind(scaling) != "longrope" and gguf.setting(ATTENTION_FACTOR):
+        raise gguf.refusal(f"{gguf.architecture}.{ATTENTION_FACTOR} is set without LongRoPE's lists", "both or none")
     if rotated != head_dim and not architecture.partial_rotary:
         raise gguf.refusal(f"{gguf.architecture}.{ROTATED} is {rotated}", f"the size of a head, {head_dim}")
     further = {"partial_rotary_factor": rotated / head_dim} if architecture.partial_rotary else {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.engine import Array
 from common.errors import UserError
-from common.gguf.config import model_config
+from common.gguf.config import model_config, model_type_of
 from common.gguf.file import GgufFile, read_gguf
 from common.gguf.layouts import tensor_shapes
 from common.gguf.names import GgufNames, gguf_names
@@ -66,6 +66,9 @@ def open_gguf_model(path: Path) -> GgufModel:
     can't represent.
     """
     gguf = read_gguf(path)
+    if (kind := gguf.metadata.get("general.type", "model")) != "model":
+        raise gguf.refusal(f"holds no model but general.type {kind!r}", "a model")
+    model_type_of(gguf)  # a stranger's vocabulary is not to be called damaged
     vocabulary = read_vocabulary(gguf.metadata, path)
     config = model_config(gguf, vocabulary)
     names = gguf_names(config)

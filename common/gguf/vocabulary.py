@@ -12,6 +12,10 @@ from gguf import TokenType
 from common.errors import UserError
 from common.gguf.pre_tokenizers import PRE_TOKENIZERS, Rule
 
+# Hugging Face's name of a token's role: llama.cpp's.
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# Roles of llama.cpp's whose tokens end a turn, like EOS.
+OTHER_ENDS = ("eot", "eom")
 # Control tokens that end a turn whatever the file says of them, as llama.cpp takes them.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
 # Names that vocabularies give a token that only pads, most telling first.
@@ -61,19 +65,19 @@ def read_vocabulary(metadata: Mapping[str, Any], where: Path) -> Vocabulary:
     tokens, types = (metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
     if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise damaged(where, f"{len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} types")
-    named = ("bos", "eos", "eot", "eom", "unknown", "padding")
-    found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in named}
+    named = {**ROLES, **{name: name for name in OTHER_ENDS}}
+    found = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in named.items()}
     # Some files name an id past the vocabulary; llama.cpp takes it for none, and so do we.
-    ids = {name: token for name, token in found.items() if token is not None and token < len(tokens)}
-    ends = [tokens.index(name) for name in TURN_ENDS if name in tokens]
-    ends = [token for token in ends if types[token] == TokenType.CONTROL]
-    stops = tuple(dict.fromkeys([*(ids[name] for name in ("eos", "eot", "eom") if name in ids), *ends]))
+    ids = {role: token for role, token in found.items() if isinstance(token, int) and token < len(tokens)}
+    named_ends = [ids[role] for role in ("eos", *OTHER_ENDS) if role in ids]
+    known_ends = [tokens.index(name) for name in TURN_ENDS if name in tokens]
+    known_ends = [token for token in known_ends if types[token] == TokenType.CONTROL]
+    stops = tuple(dict.fromkeys(named_ends + known_ends))
     # Padding is masked out of the loss. A pad token that also ends a turn (SmolLM2 ships <|im_end|> as both)
     # would hide the end from training, and the model would never learn to stop.
-    pads = [ids.get("padding"), *(tokens.index(name) for name in PAD_NAMES if name in tokens)]
+    pads = [ids.get("pad"), *(tokens.index(name) for name in PAD_NAMES if name in tokens)]
     pad = next((token for token in pads if token is not None and token not in stops), None)
-    special = (ids.get("bos"), ids.get("eos"), ids.get("unknown"), pad, stops)
-    return Vocabulary(metadata, where, tokens, types, *special)
+    return Vocabulary(metadata, where, tokens, types, ids.get("bos"), ids.get("eos"), ids.get("unk"), pad, stops)
 
 
 def damaged(where: Path, found: str) -> UserError:
