@@ -21,7 +21,7 @@ from gguf_files import (
     write_exportable,
     write_gguf,
 )
-from tiny_models import LLAMA3_ROPE, YARN
+from tiny_models import LLAMA3_ROPE, LONG_ROPE, YARN
 
 from common.base.weights import read_model_config
 from common.errors import UserError
@@ -213,6 +213,7 @@ def test_settings_that_no_model_of_the_kind_has_are_refused(
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0, which llama\.cpp"),
         ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, r"no place for {'beta_fast': 16\.0}"),
         ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "llama3 is not exported to GGUF for qwen2"),
+        ("phi3", {"rope_parameters": LONG_ROPE | {"factor": 3.0}}, "no place for {'factor': 3\\.0}"),
     ],
 )
 def test_options_that_no_gguf_has_are_not_exported(

@@ -62,22 +62,24 @@ def _scaling_settings(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> 
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     original = original or longest
     settings: dict[str, Any] = {}
-    unusual = {"attention_factor": scaling["attention_factor"]} if scaling.get("attention_factor") else {}
+    usual: dict[str, Any] = {"attention_factor": None}  # of what no setting says
     match _kind(scaling):
         case "linear":
             settings = {KIND: "linear", FACTOR: float(scaling["factor"])}
         case "yarn":
             settings = {KIND: "yarn", FACTOR: float(scaling["factor"]), ORIGINAL: original}
-            unusual |= {key: value for key, value in scaling.items() if value != YARN.get(key, value)}
+            usual |= YARN
         case "longrope":
             settings = {ORIGINAL: original, ATTENTION_FACTOR: _attention_factor(longest, original)}
+            usual["factor"] = longest / original
+    unusual = {key: scaling[key] for key in usual.keys() & scaling.keys() if scaling[key] not in (None, usual[key])}
     if unusual:
         raise UserError(f"rope_scaling: a GGUF has no place for {unusual}; write --to merged, and convert that folder")
     return settings
 
 
 def _attention_factor(longest: int, original: int) -> float:
-    """Compute by how much LongRoPE's attention grows with the text (Ding 2024, equation 8, as both sides have it)."""
+    """Compute by how much LongRoPE's attention grows with the text (Ding 2024; both sides compute it so)."""
     return math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
 
 
