@@ -26,22 +26,27 @@ def padded_length(length: int, smallest: int = 16) -> int:
 
 def make_micro_batch(data: TokenDataset, rows: Sequence[Sequence[int] | Array]) -> MicroBatch:
     """Lay out rows of examples as (B, T): inputs are all but the last token of each, targets all but the first."""
-    width = padded_length(max(sum(len(data.tokens(example)) - 1 for example in row) for row in rows))
-    shape = (len(rows), width)
-    token_ids, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
-    loss_mask = np.zeros(shape, np.bool_)
-    for b, row in enumerate(rows):
-        start = 0
-        for segment, example in enumerate(row, start=1):
-            tokens, mask = data.tokens(example), data.mask(example)
-            stop = start + len(tokens) - 1
-            token_ids[b, start:stop] = tokens[:-1]
-            targets[b, start:stop] = tokens[1:]
-            segments[b, start:stop] = segment
-            positions[b, start:stop] = np.arange(stop - start)
-            loss_mask[b, start:stop] = mask[1:]
-            start = stop
-    return MicroBatch(token_ids, targets, segments, positions, loss_mask)
+    counts = np.array([len(row) for row in rows])
+    examples = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    row_of, first = np.repeat(np.arange(len(rows)), counts), np.repeat(np.cumsum(counts) - counts, counts)
+    lengths = data.lengths[examples].astype(np.int64) - 1
+    begins = np.cumsum(lengths) - lengths  # where each example would begin, were all rows one
+    shape = (len(rows), padded_length(int(np.bincount(row_of, lengths).max())))
+    positions = np.arange(lengths.sum()) - np.repeat(begins, lengths)
+    source = np.repeat(data.starts[examples], lengths) + positions
+    place = np.repeat(row_of * shape[1] + begins - begins[first], lengths) + positions
+    segments = np.repeat(np.arange(len(examples)) - first + 1, lengths)
+
+    def laid_out(values: Array, dtype: type) -> Array:
+        array = np.zeros(shape, dtype)
+        array.reshape(-1)[place] = values
+        return array
+
+    inputs, targets = data.token_ids[source], data.token_ids[source + 1]
+    return MicroBatch(
+        *(laid_out(values, np.int32) for values in (inputs, targets, segments, positions)),
+        laid_out(data.loss_mask[source + 1], np.bool_),
+    )
 
 
 def supervised_positions(batch: MicroBatch) -> tuple[Array, Array, Array]:

@@ -1,20 +1,33 @@
 """Compiled layers, offloaded activations, the chunked loss of the torch engine: only speed and memory change."""
 
+import json
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engines import DEVICE, make_batches, open_fresh
 from tiny_models import write_family, write_llama
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.compilers import nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional as F
 
 import torch_backend.loss
 from common.batches import BatchPlan
 from common.config import LoraConfig
+from common.engine import Engine, StepBatch
 from common.errors import UserError
+from common.layout import make_micro_batch
 from common.logits import AfterHead
 from common.sampling import Sampling
+from torch_backend.checkpointing import is_hidden_state
 from torch_backend.head import Head, find_head
 from torch_backend.loss import LinearCrossEntropy, softmax_error
 
@@ -35,6 +48,142 @@ def curve(llama: Path, lora: LoraConfig | None = None, **settings: object) -> li
 def test_compiled_layers_train_as_plain_ones(settings: dict, lora: LoraConfig, llama: Path) -> None:
     expected = curve(llama, lora, torch_compile=False, **settings)
     assert curve(llama, lora, torch_compile=True, **settings) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def compile_by(monkeypatch: pytest.MonkeyPatch):
+    """Let torch.compile trace as it does, but leave to another backend than inductor what takes the time."""
+    plain = torch.compile
+
+    def use(backend: Any) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(torch, "compile", partial(plain, backend=backend))
+
+    yield use
+    torch._dynamo.reset()
+
+
+def step_of(rows: int, examples: range) -> StepBatch:
+    data = make_batches(40)
+    micro = make_micro_batch(data, [[example] for example in examples][:rows])
+    return StepBatch(1, 0.0, (micro,), int(micro.loss_mask.sum()), 1, ())
+
+
+def graphs_after(engine: Engine, batches: list[StepBatch], training: bool) -> int:
+    """Count the graphs that dynamo has made of the layers once some batches were computed."""
+    for batch in batches:
+        launched = engine.train_step(batch, 1e-3) if training else engine.eval_step(batch.micro_batches[0])
+        engine.fetch(launched)
+    return counters["stats"]["unique_graphs"] - 1  # that of the loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_all_layers_share_one_graph_to_train_and_one_to_evaluate(
+    dropout: float, checkpointing: bool, compile_by: Any, tmp_path: Path
+) -> None:
+    compile_by("eager")
+    base, lora = write_llama(tmp_path, num_hidden_layers=5), LoraConfig(lora_dropout=dropout)
+    engine = open_fresh("torch", base, lora, torch_compile=True, gradient_checkpointing=checkpointing)
+    batches = 2 * [step_of(4, range(4))]
+    assert graphs_after(engine, batches, training=True) == 1
+    assert graphs_after(engine, batches, training=False) == 2
+
+
+def test_no_shape_makes_layers_run_uncompiled(compile_by: Any, tmp_path: Path) -> None:
+    compile_by("eager")
+    engine = open_fresh("torch", write_llama(tmp_path, num_hidden_layers=3), torch_compile=True)
+    batches = [step_of(rows, range(first, 40)) for rows in (4, 3, 2, 1) for first in range(0, 36, 3)]
+    assert len({batch.micro_batches[0].token_ids.shape for batch in batches}) > 8
+    # The first shape, any length, any length and rows, one row; each to train and to evaluate.
+    assert graphs_after(engine, batches, training=True) <= 4
+    seen = graphs_after(engine, batches, training=False)
+    assert seen <= 8
+    assert graphs_after(engine, batches, training=True) == seen
+
+
+def test_checkpointing_inside_the_graph_changes_no_number(compile_by: Any, tmp_path: Path) -> None:
+    compile_by("aot_eager")
+    base, results = write_llama(tmp_path, num_hidden_layers=1), []
+    for compiled in (False, True):
+        engine = open_fresh("torch", base, torch_compile=compiled, gradient_checkpointing=True)
+        results.append([engine.fetch(engine.train_step(step_of(4, range(4)), 5e-2)) for _ in range(3)])
+    assert results[0] == results[1]
+
+
+def test_what_no_gradient_asks_for_is_not_computed_twice(compile_by: Any, tmp_path: Path) -> None:
+    base = write_llama(tmp_path, num_hidden_layers=1)
+    products: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def backward_products(dropout: float = 0.0, **settings: object) -> int:
+        backends = {"fw_compiler": nop, "bw_compiler": count}
+        compile_by(aot_autograd(**backends, partition_fn=min_cut_rematerialization_partition))
+        engine = open_fresh("torch", base, LoraConfig(lora_dropout=dropout), torch_compile=True, **settings)
+        engine.fetch(engine.train_step(step_of(4, range(4)), 1e-3))
+        return products.pop()
+
+    kept, recomputed = backward_products(), backward_products(gradient_checkpointing=True)
+    # Of a layer's 7 modules, each with a base, an A and a B, all but the last base and its B.
+    assert recomputed - kept == 3 * 7 - 2
+    # With dropout nothing is recomputed within the graph: inductor would drop other elements.
+    assert backward_products(dropout=0.5, gradient_checkpointing=True) == kept
+
+
+COMPILE = """
+import json, sys
+from pathlib import Path
+from engines import make_batches, open_fresh
+from common.batches import BatchPlan
+
+settings = {"torch_compile": True, "gradient_checkpointing": True, "quantization": {"load_in_4bit": True}}
+engine = open_fresh("torch", Path(sys.argv[1]), **settings)
+result = engine.fetch(engine.train_step(BatchPlan(make_batches(), 4, 1, 42, 2).step_batch(1), 1e-3))
+from torch._dynamo.utils import counters  # no earlier than a run imports torch
+print(json.dumps([result.loss_sum, counters["aot_autograd"], counters["inductor"]]))
+"""
+
+
+def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "model", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
+    environment = {name: value for name, value in cli_environment.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    paths = f"{cli_environment['PYTHONPATH']}:{Path(__file__).parent}"
+    environment |= {
+        "PYTHONPATH": paths,
+        "TWINTUNE_CACHE": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+
+    def start() -> list:
+        command = [sys.executable, "-c", COMPILE, str(base)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    (loss, graphs, kernels), (again, found, found_kernels) = start(), start()
+    assert graphs["autograd_cache_saved"] == graphs["total"] == 2  # the layer and the loss
+    assert kernels["fxgraph_cache_miss"] > 0
+    assert found == {"total": 2, "ok": 2, "autograd_cache_hit": 2}
+    assert "fxgraph_cache_miss" not in found_kernels
+    assert again == loss
+    assert any((tmp_path / "cache" / "inductor").iterdir())
+
+
+def test_layers_inputs_are_told_from_angles_and_weights() -> None:
+    def held_on_a_card(*shape: int) -> torch.Tensor:
+        tensor = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        return type(
+            "OnCard", (), {name: getattr(tensor, name) for name in ("ndim", "shape", "nbytes")} | {"is_cuda": True}
+        )
+
+    assert is_hidden_state(held_on_a_card(4, 2048, 3072), 3072)
+    assert not is_hidden_state(held_on_a_card(1, 8192, 128), 3072)  # angles, one megabyte and more
+    assert not is_hidden_state(held_on_a_card(8192, 3072), 3072)  # a weight
+    assert not is_hidden_state(held_on_a_card(1, 16, 3072), 3072)  # not worth a copy
+    assert not is_hidden_state(torch.empty(4, 2048, 256), 256)  # on the host already
 
 
 @needs_card

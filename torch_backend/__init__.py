@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import cache_folder
+
 if TYPE_CHECKING:
     from common.config import LoraConfig, TrainConfig
     from common.doctor.finding import Finding
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
     """Load the base model with transformers, inject the adapter with PEFT and return a ready engine."""
-    _let_threads_sleep()
+    _set_environment()
     _quieten()
     from torch_backend.engine import TorchEngine
 
@@ -25,6 +27,7 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
 
 def examine() -> list[Finding]:
     """Say how the machine suits the engine: device, driver, kernels."""
+    _set_environment()
     _quieten()
     from torch_backend import health
 
@@ -33,7 +36,7 @@ def examine() -> list[Finding]:
 
 def device_memory(device: str) -> DeviceMemory:
     """Say where the config's device is and how much of its memory is free."""
-    _let_threads_sleep()
+    _set_environment()
     _quieten()
     from torch_backend import budget
 
@@ -54,13 +57,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return budget.is_out_of_memory(error)
 
 
-def _let_threads_sleep() -> None:
-    """Set what OpenMP reads when it starts, which importing torch does.
+def _set_environment() -> None:
+    """Set what OpenMP and inductor read when they start, which importing torch does.
 
     Threads that spin at each barrier collapse where anything else uses a core: with one of two cores busy, a step of
-    SmolLM2 took over 30 s spinning and 4 s sleeping; alone, 2.4 s either way.
+    SmolLM2 took over 30 s spinning and 4 s sleeping; alone, 2.4 s either way. And what is compiled is kept beside our
+    other caches: torch's own place for it, in /tmp, is lost when a machine starts.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    folder = cache_folder() / "inductor"
+    if os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _quieten() -> None:

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from common.engine import MicroBatch
 from common.errors import UserError
 from common.layout import example_lengths
+from torch_backend.device import Hardware
 
 # cuDNN's kernel takes half the time of FlashAttention-2 on Hopper (H200: 0.87 ms against 1.69 for 4 x 2048, 24 heads of
 # 128), and gives way to it where it lacks a shape. Older cards keep torch's own order.
@@ -34,22 +35,23 @@ KERNELS = [
 ]
 NAME = "twintune_packed"
 PACKABLE = {"full_attention", "sliding_attention"}
-HALF = (torch.float16, torch.bfloat16)
 
 
-def fastest_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+def fastest_kernels(hardware: Hardware) -> contextlib.AbstractContextManager:
     """Return the context in which attention takes the fastest kernel that a card has for it."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return sdpa_kernel(KERNELS, set_priority=True)
-    return contextlib.nullcontext()
+    return sdpa_kernel(KERNELS, set_priority=True) if hardware.prefers_cudnn else contextlib.nullcontext()
 
 
 class PackedAttention:
     """Let a model attend within the examples of packed rows, except while it generates."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Choose how the model can keep examples apart; raises UserError where it can't."""
+    def __init__(self, model: PreTrainedModel, varlen: bool) -> None:
+        """Choose how the model can keep examples apart; raises UserError where it can't.
+
+        `varlen` says that the device has one kernel for all examples of a row.
+        """
         self._model = model
+        self._varlen = varlen
         self._own = model.config._attn_implementation
         other_kinds = set(model.config.to_dict().get("layer_types") or PACKABLE) - PACKABLE
         if other_kinds or model._is_stateful:
@@ -76,7 +78,7 @@ class PackedAttention:
             # An upper bound of few values: a compiled layer is compiled for each by itself.
             "max_length_q": 1 << (int(lengths.max()) - 1).bit_length(),
         }
-        if not has_varlen(device, self._model.dtype):
+        if not self._varlen:
             arguments["example_lengths"] = lengths.tolist()
         return arguments
 
@@ -106,11 +108,6 @@ class PackedAttention:
         finally:
             if self._replaced:
                 self._model.set_attn_implementation(NAME)
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether one kernel attends within all examples of a row."""
-    return device.type == "cuda" and dtype in HALF
 
 
 def packed_attention(

@@ -8,8 +8,7 @@ import psutil
 import torch
 
 from common.engine import DeviceMemory
-from torch_backend.compiled import can_compile
-from torch_backend.model import choose_device
+from torch_backend.device import DTYPES, choose_device, look_at
 
 SIDES = {"cuda": 8192, "mps": 2048, "cpu": 512}  # of the matrices that are multiplied
 REPEATS = 4
@@ -19,8 +18,8 @@ def device_memory(device: str) -> DeviceMemory:
     """Return the device that the config means; raises MachineError where it isn't there."""
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        free = torch.cuda.mem_get_info(chosen)[0]
-        return DeviceMemory("cuda", torch.cuda.get_device_name(chosen), free, can_compile(chosen))
+        free, hardware = torch.cuda.mem_get_info(chosen)[0], look_at(chosen)
+        return DeviceMemory("cuda", torch.cuda.get_device_name(chosen), free, hardware.compiles(hardware.dtype))
     if chosen.type == "mps":
         return DeviceMemory("mps", "the Apple GPU (MPS)", torch.mps.recommended_max_memory())
     return DeviceMemory("cpu", "the CPU", psutil.virtual_memory().available)
@@ -30,7 +29,7 @@ def matmul_rate(device: str) -> float:
     """Time products of square matrices, after one that warms up: FLOP/s."""
     chosen = choose_device(device)
     side = SIDES[chosen.type]
-    matrix = torch.ones(side, side, device=chosen, dtype=torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    matrix = torch.ones(side, side, device=chosen, dtype=DTYPES[look_at(chosen).dtype])
     (matrix @ matrix)[0, 0].item()
     began = time.perf_counter()
     for _ in range(REPEATS):

@@ -2,7 +2,7 @@
 
 What is kept then is the input of every layer. With `activation_offloading` it waits in the host's memory, copied by a
 stream of its own behind the computation, and comes back one layer before it is needed: for a 3B and 8,192 tokens 1.4 GB
-less on the card.
+less on the card. Compiled layers checkpoint themselves (torch_backend/compiled.py), but are offloaded here too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 class Offloading:
     """Keep the inputs of checkpointed layers on the host between forward and backward."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, width: int) -> None:
+        """Take the card and the width of a hidden state."""
         self._stream = torch.cuda.Stream(device)
+        self._width = width
 
     def forward_pass(self) -> contextlib.AbstractContextManager:
         """Return the context that a forward pass runs in; its backward pass may run outside."""
         kept: list[KeptInput] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | KeptInput:
-            if not _is_hidden_state(tensor):
+            if not is_hidden_state(tensor, self._width):
                 return tensor
             kept.append(KeptInput(tensor, self._stream, kept[-1] if kept else None))
             return kept[-1]
@@ -75,5 +77,6 @@ class KeptInput:
         return tensor
 
 
-def _is_hidden_state(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and tensor.nbytes >= LEAST_BYTES and tensor.ndim == 3 and tensor.is_floating_point()
+def is_hidden_state(tensor: torch.Tensor, width: int) -> bool:
+    """Tell a layer's input (B, T, D) from what else a pass saves: weights, and the angles that all layers share."""
+    return tensor.ndim == 3 and tensor.shape[-1] == width and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda

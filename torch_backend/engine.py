@@ -17,19 +17,20 @@ import torch
 
 from common.config import LoraConfig, TrainConfig
 from common.engine import LOSS_SCALE, Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
-from common.errors import UserError
+from common.errors import MachineError, UserError
 from common.layout import end_to_end, is_packed, supervised_positions
 from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
-from torch_backend.attention import PackedAttention, has_varlen
+from torch_backend.attention import PackedAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
-from torch_backend.compiled import CompiledLayers, can_compile
+from torch_backend.compiled import CompiledLayers
+from torch_backend.device import Hardware, choose_device, describe, look_at
 from torch_backend.generate import generate
 from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
-from torch_backend.model import choose_device, load_base
+from torch_backend.model import load_base
 from torch_backend.step import Moments, adamw_update
 
 
@@ -50,25 +51,21 @@ class TorchEngine:
     def __init__(self, config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> None:
         """Load the base onto the device and inject the adapter."""
         device = choose_device(config.device)
-        if config.activation_offloading and device.type != "cuda":
-            raise UserError(
-                "activation_offloading: true: moves activations from a card's memory to the host's, and "
-                f"{_describe(device)} has none of its own; delete it"
-            )
-        on_cuda = device.type == "cuda"
-        self.dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if on_cuda else "float32"
+        hardware = look_at(device)
+        self.dtype = hardware.dtype if config.compute_dtype == "auto" else config.compute_dtype
+        _refuse_impossible(config, device, hardware, self.dtype)
         self.device_type = device.type
-        self.device = _describe(device)
+        self.device = describe(device)
         self.versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         self._config = config
         self._device = device
         self._base = load_base(model_dir, self.dtype, config.quantization, device)
         self.tied_embeddings = has_tied_embeddings(self._base)
-        self._packing = PackedAttention(self._base) if config.packing else None
-        if config.gradient_checkpointing:
-            checkpoint_layers(self._base)
+        varlen = hardware.has_varlen(self.dtype)
+        self._packing = PackedAttention(self._base, varlen) if config.packing else None
         self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
-        self._offloading = Offloading(device) if config.activation_offloading else None
+        width = self._base.config.get_text_config().hidden_size
+        self._offloading = Offloading(device, width) if config.activation_offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
@@ -78,12 +75,14 @@ class TorchEngine:
         self._moments = Moments.zeros(self._adapter.layout.size, device)
         # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
         # and takes them out again at each pass.
-        alike = self._packing is None or has_varlen(device, self._base.dtype)
-        alike = alike and not (lora and lora.target_parameters)
-        compiles = can_compile(device) and alike if config.torch_compile is None else config.torch_compile
+        alike = (varlen or not config.packing) and not (lora and lora.target_parameters)
+        compiles = hardware.compiles(self.dtype) and alike if config.torch_compile is None else config.torch_compile
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
-        self._compiled = CompiledLayers(self._base) if compiles else None
+        checkpointing, dropout = config.gradient_checkpointing, config.lora.lora_dropout > 0
+        self._compiled = CompiledLayers(self._base, checkpointing, dropout) if compiles else None
+        if checkpointing and not compiles:
+            checkpoint_layers(self._base)
 
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Give the shape of every adapter tensor, by PEFT key, in PEFT orientation."""
@@ -202,7 +201,13 @@ class TorchEngine:
         return PendingStep(num_loss_tokens, host, done)
 
 
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return "the Apple GPU (MPS)" if device.type == "mps" else f"the CPU ({torch.get_num_threads()} threads)"
+def _refuse_impossible(config: TrainConfig, device: torch.device, hardware: Hardware, dtype: str) -> None:
+    """Raise UserError or MachineError for what the config asks for and the device can't do."""
+    if config.activation_offloading and device.type != "cuda":
+        raise UserError(
+            "activation_offloading: true: moves activations from a card's memory to the host's, and "
+            f"{describe(device)} has none of its own; delete it"
+        )
+    reason = hardware.why_not_compiled(dtype)
+    if config.torch_compile and reason:
+        raise MachineError(f"torch_compile: true: {describe(device)} can't: {reason}; or delete it")

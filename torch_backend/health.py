@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from common.doctor.finding import Finding
+from torch_backend.device import look_at
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
 # NF4 rounds normal weights by 0.07 on average; a broken kernel returns zeros or noise.
@@ -45,8 +46,11 @@ def _card(index: int, driver: str) -> Finding:
     free, total = torch.cuda.mem_get_info(index)
     about = f"{torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     about = f"{about}, CUDA {torch.version.cuda}, {driver or 'driver unknown'}"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return Finding("warning", "torch device", about, "it has no bfloat16: write dtype: float16")
+    hardware = look_at(torch.device("cuda", index))
+    about = f"{about}; trains in {hardware.dtype}"
+    reason = hardware.why_not_compiled(hardware.dtype)
+    if reason:
+        return Finding("warning", "torch device", f"{about}, a third slower than it could", reason)
     return Finding("ok", "torch device", about)
 
 

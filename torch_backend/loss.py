@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from common.logits import AfterHead
 from torch_backend.attention import fastest_kernels
+from torch_backend.device import DTYPES, look_at
 from torch_backend.head import Head, HeadSelection, finished
-from torch_backend.model import DTYPES
 
 CHUNK_BYTES = 2**28  # of float32 logits
 
@@ -42,6 +42,7 @@ class LossFunction:
         self._softmax_error = torch.compile(softmax_error, dynamic=True) if compiled else softmax_error
         self._dtype = DTYPES[dtype]
         self._device = device
+        self._hardware = look_at(device)
 
     def __call__(
         self,
@@ -55,7 +56,7 @@ class LossFunction:
 
         `packed` is what torch_backend/attention.py needs for a row of several examples, else empty.
         """
-        with self._selecting(positions), self.autocast(), fastest_kernels(self._device):
+        with self._selecting(positions), self.autocast(), fastest_kernels(self._hardware):
             # Padding is on the right and attention causal: no real token can see it, so no mask is needed.
             logits = self._model(input_ids=token_ids, use_cache=False, **packed).logits
             hidden = self._selection.hidden

@@ -26,27 +26,9 @@ from transformers.utils import logging as transformers_logging
 from common.base.quantized import BITSANDBYTES_4BIT, check_quantization, stored_format
 from common.base.weights import read_model_config
 from common.config import QuantizationConfig
-from common.errors import MachineError, UserError
+from common.errors import UserError
+from torch_backend.device import DTYPES
 from torch_backend.heap import without_holes
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_device(device: str) -> torch.device:
-    """Resolve the config's device: auto takes CUDA, then MPS, then the CPU.
-
-    Raises MachineError where the device asked for isn't there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device in ("auto", "gpu"):
-        device = next(name for name, there in available.items() if there)
-    if not available[device]:
-        there = ", ".join(name for name, usable in available.items() if usable)
-        raise MachineError(
-            f"device: {device}: torch {torch.__version__} sees none here, only {there}; "
-            "use device: auto, or install a torch built for it"
-        )
-    return torch.device(device, 0) if device == "cuda" else torch.device(device)
 
 
 def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, device: torch.device) -> PreTrainedModel:

@@ -37,6 +37,12 @@ def examine_machine() -> Iterator[Finding]:
     yield from power()
 
 
+def about_machine() -> str:
+    """Describe the machine in one line, to stand beside figures measured on it."""
+    gigabytes = round(psutil.virtual_memory().total / 2**30)  # as machines are sold
+    return f"{_chip()}, {gigabytes} GB, {_system()}, Python {platform.python_version()}"
+
+
 def memory() -> Finding:
     """Say how much memory there is and how much of it is free."""
     use = psutil.virtual_memory()

@@ -66,5 +66,6 @@ def is_spike(loss: float | None, earlier: Sequence[float]) -> bool:
     """
     if loss is None or len(earlier) < FEWEST:
         return False
-    mean, deviation = statistics.fmean(earlier), statistics.pstdev(earlier)
+    mean = statistics.fmean(earlier)
+    deviation = statistics.fmean([(each - mean) ** 2 for each in earlier]) ** 0.5  # pstdev takes ten times as long
     return loss > mean + max(6 * deviation, 0.1 * mean)
