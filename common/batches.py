@@ -100,5 +100,5 @@ def chain_hash(previous: str, batch: StepBatch) -> str:
     digest = hashlib.sha256(previous.encode())
     for micro in batch.micro_batches:
         for array in (micro.token_ids, micro.targets, micro.segment_ids, micro.position_ids, micro.loss_mask):
-            digest.update(array)
+            digest.update(array.data)
     return digest.hexdigest()

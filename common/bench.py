@@ -6,6 +6,7 @@ forward and back, over what the machine multiplies in that time. Padding and wha
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -113,7 +114,7 @@ def measure(engine: Engine, plan: BatchPlan, steps: int, learning_rate: float) -
     seconds = timed[-1] - timed[0]
     return {
         "first_step_seconds": first,
-        "step_seconds": statistics.median(after - before for before, after in zip(timed, timed[1:], strict=False)),
+        "step_seconds": statistics.median(after - before for before, after in itertools.pairwise(timed)),
         "host_seconds": statistics.median(host[WARM_UP:]),
         "tokens_per_second": tokens / seconds,
         "supervised_tokens_per_second": supervised / seconds,

@@ -38,13 +38,15 @@ def make_micro_batch(data: TokenDataset, rows: Sequence[Sequence[int] | Array]) 
     segments = np.repeat(np.arange(len(examples)) - first + 1, lengths)
 
     def laid_out(values: Array, dtype: type) -> Array:
-        array = np.zeros(shape, dtype)
+        array: Array = np.zeros(shape, dtype)
         array.reshape(-1)[place] = values
         return array
 
-    inputs, targets = data.token_ids[source], data.token_ids[source + 1]
     return MicroBatch(
-        *(laid_out(values, np.int32) for values in (inputs, targets, segments, positions)),
+        laid_out(data.token_ids[source], np.int32),
+        laid_out(data.token_ids[source + 1], np.int32),
+        laid_out(segments, np.int32),
+        laid_out(positions, np.int32),
         laid_out(data.loss_mask[source + 1], np.bool_),
     )
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,11 +174,9 @@ def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_pa
 
 
 def test_layers_inputs_are_told_from_angles_and_weights() -> None:
-    def held_on_a_card(*shape: int) -> torch.Tensor:
-        tensor = torch.empty(shape, device="meta", dtype=torch.bfloat16)
-        return type(
-            "OnCard", (), {name: getattr(tensor, name) for name in ("ndim", "shape", "nbytes")} | {"is_cuda": True}
-        )
+    def held_on_a_card(*shape: int) -> Any:
+        held = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        return SimpleNamespace(ndim=held.ndim, shape=held.shape, nbytes=held.nbytes, is_cuda=True)
 
     assert is_hidden_state(held_on_a_card(4, 2048, 3072), 3072)
     assert not is_hidden_state(held_on_a_card(1, 8192, 128), 3072)  # angles, one megabyte and more

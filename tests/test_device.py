@@ -79,13 +79,13 @@ def test_a_turing_card_trains_in_float16_and_attends_example_by_example(packing:
 
 @pytest.mark.usefixtures("turing")
 def test_compiling_what_the_card_cannot_is_refused(llama: Path) -> None:
-    with pytest.raises(MachineError, match="torch_compile: true: .* has no bfloat16; write dtype: float16"):
+    with pytest.raises(MachineError, match=r"torch_compile: true: .* has no bfloat16; write dtype: float16"):
         open_fresh("torch", llama, device="cpu", dtype="bfloat16", torch_compile=True)
 
 
 def test_compiling_without_triton_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend.engine, "look_at", lambda _: Hardware("cuda", (8, 9), has_triton=False))
-    with pytest.raises(MachineError, match="torch_compile: true: .*Triton is not installed"):
+    with pytest.raises(MachineError, match=r"torch_compile: true: .*Triton is not installed"):
         open_fresh("torch", llama, device="cpu", torch_compile=True)
 
 

@@ -4,9 +4,10 @@ Compiling layer by layer gives the speed of compiling a whole model in a sixth o
 for a 3B on an H200), and what was compiled is found again at the next start. Layers get a compiled `forward` of their
 own instance; taking it away again leaves the model as it was, for generation, whose shapes change with every token.
 
-Gradient checkpointing is part of the graph where it can be: the compiler then leaves out of the second forward pass what
-no gradient asks for, such as the product with down_proj, a quarter of a layer's work. With dropout it can't: inductor
-2.13 drops other elements the second time, and the gradient is wrong (measured). There the compiled layer is run twice.
+Gradient checkpointing is part of the graph where it can be: the compiler then leaves out of the second forward pass
+what no gradient asks for, such as the product with down_proj, a quarter of a layer's work. With dropout it can't:
+inductor 2.13 drops other elements the second time, and the gradient is wrong (measured); there the compiled layer runs
+twice.
 """
 
 from __future__ import annotations
