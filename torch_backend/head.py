@@ -30,7 +30,8 @@ class HeadSelection:
         if self.positions is None:
             self.hidden = inputs[0]
             return inputs
-        self.hidden = inputs[0].reshape(-1, inputs[0].shape[-1])[self.positions]
+        # Not by brackets, whose gradient is sorted together: no position but that of padding stands twice.
+        self.hidden = inputs[0].reshape(-1, inputs[0].shape[-1]).index_select(0, self.positions)
         return (self.hidden[:0] if self.leave_out else self.hidden,)
 
 
