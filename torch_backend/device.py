@@ -1,8 +1,8 @@
 """Where torch computes and what can be done there: the one place that asks for a card's generation.
 
 The config decides where it says something; what stands here is what `auto` and null mean. Turing cards (7.5) have
-neither bfloat16 nor FlashAttention-2: they train in float16, each packed example attends by itself, and their layers
-are compiled. Without Triton, as on Windows where nobody installed it, nothing is compiled and all else is the same.
+neither bfloat16 nor FlashAttention-2: they train in float16, and each packed example attends by itself, in layers that
+are not compiled then. Without Triton, as on Windows where nobody installed it, no layer is; all else is the same.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def _card(index: int, driver: str) -> Finding:
     about = f"{about}; trains in {hardware.dtype}"
     reason = hardware.why_not_compiled(hardware.dtype)
     if reason:
-        return Finding("warning", "torch device", f"{about}, a third slower than it could", reason)
+        return Finding("warning", "torch device", f"{about}, uncompiled", reason)
     return Finding("ok", "torch device", about)
 
 
