@@ -206,7 +206,7 @@ class TrainConfig(Group):
 
     @property
     def compute_dtype(self) -> Literal["auto", "float32", "bfloat16", "float16"]:
-        """Give the dtype of base and activations; auto: the engine's choice (CUDA bfloat16, CPU float32).
+        """Give the dtype of base and activations; auto: the engine's choice (CUDA half, CPU float32).
 
         `fp16: false` and `bf16: false` both written out ask for float32: such configs mean just that.
         """
