@@ -95,7 +95,7 @@ def run_child(who: str, name: str, options: argparse.Namespace) -> None:
 
     shape = SHAPES[name]
     if options.tiny:
-        shape = replace(shape, rows=2, length=256 if shape.short else min(shape.length, 64), nf4=False)
+        shape = replace(shape, rows=2, length=256 if shape.short else min(shape.length, 64))
     folder, on_card = model_folder(options.work, shape.size, options.tiny), torch.cuda.is_available()
     if who == "model":
         return
