@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from common.base.four_bit import BLOCK, CODE_BOOKS, NESTED_BLOCK, nest_scales, rounding_bounds
+from common.base.four_bit import BLOCK, CODE_BOOKS, NESTED_BLOCK, SMALLEST, nest_scales, rounding_bounds
 
 PART = 2**19  # numbers packed at a time, whole blocks
-SMALLEST = 1e-38  # what bitsandbytes divides by where a block is all zero
 
 
 @dataclass(frozen=True)

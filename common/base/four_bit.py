@@ -39,6 +39,7 @@ CODE_BOOKS = {
 }
 # In front of the name that a stored weight's description has: `<module>.weight.quant_state.bitsandbytes__nf4`.
 DESCRIPTION = "quant_state.bitsandbytes__"
+SMALLEST = 1e-38  # what bitsandbytes divides by where a block is all zero
 LOOKUP_STEPS = 65_535  # of -1..1, in the table by which bitsandbytes' CPU kernel rounds to 8 bits
 
 
@@ -68,6 +69,14 @@ class WeightDescription:
         if fields["quant_type"] not in CODE_BOOKS or fields.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
             raise ValueError(f"unknown 4-bit format: {fields}")
         return cls(fields["quant_type"], tuple(fields["shape"]), fields["blocksize"], fields.get("nested_offset"))
+
+    def encode(self, dtype: str) -> bytes:
+        """Write the JSON that `parse` reads, with the dtype that bitsandbytes is to unpack to."""
+        fields: dict[str, object] = {"quant_type": self.quant_type, "blocksize": self.block, "dtype": dtype}
+        fields["shape"] = self.shape
+        if self.nested_offset is not None:
+            fields |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.nested_offset}
+        return json.dumps(fields).encode()
 
 
 def nest_scales(absmax: Array) -> NestedScales:
@@ -113,6 +122,35 @@ def rounding_bounds(quant_type: str) -> tuple[Array, Array]:
     book = CODE_BOOKS[quant_type]
     order = np.argsort(book, kind="stable")
     return (book[order[:-1]] + book[order[1:]]) / np.float32(2), order.astype(np.uint8)
+
+
+def pack(numbers: Array, quant_type: str) -> tuple[Array, Array]:
+    """Pack float32 numbers (n,) as bitsandbytes does: two codes a byte, and the absmax of each block, float32.
+
+    Numbers that end in the middle of a block are the end of their weight; an odd one is followed by the code of 0.
+    """
+    whole = len(numbers) // BLOCK * BLOCK
+    blocks, rest = numbers[:whole].reshape(-1, BLOCK), numbers[whole:]
+    absmax = np.abs(blocks).max(axis=1)
+    scaled = (blocks * (np.float32(1) / np.maximum(absmax, SMALLEST))[:, None]).reshape(-1)
+    if len(rest):  # bitsandbytes divides here, and multiplies by the reciprocal above
+        highest = np.maximum(np.abs(rest).max(keepdims=True), SMALLEST)
+        absmax, scaled = np.concatenate([absmax, highest]), np.concatenate([scaled, rest / highest])
+    bounds, order = rounding_bounds(quant_type)
+    codes = order[np.searchsorted(bounds, np.pad(scaled, (0, len(scaled) % 2)))]
+    return (codes[0::2] << 4) | codes[1::2], absmax
+
+
+def unpack(packed: Array, absmax: Array, quant_type: str, block: int = BLOCK) -> Array:
+    """Unpack bytes of two codes to float32 numbers, whole blocks but for the last: (2 n,)."""
+    book, byte = CODE_BOOKS[quant_type], np.arange(256)
+    numbers = np.stack([book[byte >> 4], book[byte & 15]], axis=-1)[packed.reshape(-1)].reshape(-1)
+    return numbers * np.repeat(absmax, block)[: len(numbers)]
+
+
+def unnest_scales(nested: NestedScales) -> Array:
+    """Return the absmax values (B,) that nested ones mean, float32."""
+    return nested.code[nested.codes] * np.repeat(nested.scales, NESTED_BLOCK)[: len(nested.codes)] + nested.offset
 
 
 def described_modules(names: Mapping[str, object]) -> dict[str, str]:
