@@ -268,31 +268,74 @@ def schema() -> None:
     print(json.dumps(config_schema(), indent=2))
 
 
-@app.command(epilog="Example: twintune convert --model model.Q4_1.gguf --output models/mine")
+@app.command(epilog="Example: twintune convert --model Qwen/Qwen3-4B --to mlx --quantize 4 --output models/mine")
 def convert(
-    model: Annotated[Path, typer.Option(metavar="FILE|DIR", help="A GGUF file; a model folder for --add-tokens.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The Hugging Face model folder to write.")],
+    model: Annotated[str, typer.Option(metavar="M", help="A model folder, Hub name or GGUF file.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The model folder to write.")],
+    to: Annotated[
+        Literal["hf", "mlx", "bnb"], typer.Option(help="Hugging Face's layout, MLX's, or bitsandbytes' packed weights.")
+    ] = "hf",
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Of weights from GGUF; else float16.")
+        Literal["float16", "bfloat16", "float32"] | None,
+        typer.Option(help="Of what is not packed; else as it is, float16 from GGUF.", show_default=False),
     ] = None,
+    quantize: Annotated[
+        int | None, typer.Option(metavar="2|3|4|5|6|8", help="Bits of MLX's formats, for --to mlx.", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="16|32|64|128", help="MLX: weights that share a scale.", show_default=False)
+    ] = None,
+    mode: Annotated[
+        Literal["affine", "mxfp4", "mxfp8", "nvfp4"] | None,
+        typer.Option(help="MLX: how it rounds.", show_default=False),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BITS|false", help="MLX: other bits for modules by a part of their path; repeatable."
+        ),
+    ] = None,
+    quant_type: Annotated[
+        Literal["nf4", "fp4", "int8"] | None, typer.Option(help="For --to bnb; else nf4.", show_default=False)
+    ] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="bnb: pack the scales, too.")] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 500MB.")] = "5GB",
+    check: Annotated[bool, typer.Option(help="Compare logits of the two, which loads each.")] = True,
     tokens: Annotated[
         list[str] | None, typer.Option("--add-tokens", metavar="TEXT", help="A new token of the base; repeatable.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face model folder that both engines load, or give a base new tokens."""
-    if tokens and dtype:
-        raise UserError(f"--dtype {dtype}: --add-tokens leaves the weights as they are; leave one of the two out")
+    """Write a model in another format, tensor by tensor, and check it; or give a base new tokens.
+
+    Formats read: Hugging Face, MLX and bitsandbytes folders, packed or not, and GGUF. A conversion that was
+    interrupted goes on when the same command is given again.
+    """
     if tokens:
         from common.base.vocabulary import add_tokens
 
-        growth = add_tokens(model, output, tokens)
+        others = (
+            *(("--dtype", dtype), ("--to", to != "hf"), ("--quantize", quantize), ("--group-size", group_size)),
+            *(("--mode", mode), ("--override", override), ("--quant-type", quant_type), ("--json", as_json)),
+            *(("--double-quant", double_quant), ("--max-shard-size", max_shard_size != "5GB")),
+        )
+        if given := next((name for name, value in others if value), None):
+            raise UserError(f"{given}: --add-tokens leaves the weights as they are; leave one of the two out")
+        growth = add_tokens(Path(model), output, tokens)
         print(f"{output} is ready: {len(tokens)} new tokens, {growth.rows:,} rows; train them with")
         print("  lora: {modules_to_save: [embed_tokens, lm_head]}")
         return
-    from common.gguf.convert import convert_gguf
+    from rich.console import Console
 
-    convert_gguf(model, output, dtype or "float16")
-    print(f"{output} is ready")
+    from common.convert.convert import convert as run_convert
+    from common.convert.request import Request, byte_size, quantization_of
+
+    quantization = quantization_of(quantize, group_size, mode, override or [])
+    size, command = byte_size(max_shard_size), shlex.join([_program(), *sys.argv[1:]])
+    request = Request(model, output, to, dtype, quantization, quant_type, double_quant, size, check, command)
+    result = run_convert(request, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(result))
 
 
 @app.command(epilog="Example: twintune export --adapter outputs/quickstart-mlx/final --to gguf --output exports/gguf")
@@ -369,8 +412,12 @@ def _resume_command(arguments: list[str]) -> str:
     if "--resume" in completed:
         at = completed.index("--resume")
         del completed[at : at + 2]
-    program = sys.argv[0] if Path(sys.argv[0]).name == "twintune" else "twintune"  # it may not be on the PATH
-    return shlex.join([program, *completed, "--resume"])
+    return shlex.join([_program(), *completed, "--resume"])
+
+
+def _program() -> str:
+    """Name the program as it was called: it may not be on the PATH."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "twintune" else "twintune"
 
 
 def _with_bare_resume(arguments: list[str]) -> list[str]:

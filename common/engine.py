@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from common.errors import MachineError
 
 if TYPE_CHECKING:
-    from common.config import LoraConfig, TrainConfig
+    from common.config import LoraConfig, QuantizationConfig, TrainConfig
+    from common.convert.source import Source
+    from common.convert.target import Target
     from common.doctor.finding import Finding
     from common.sampling import Sampling
 
@@ -192,9 +194,29 @@ def examine_engine(name: str) -> Sequence[Finding]:
     return importlib.import_module(PACKAGES[name]).examine()
 
 
-def quantize_folder(source: Path, target: Path, bits: int) -> None:
-    """Write a model folder again in MLX's format of so many bits; raises MachineError where MLX is not installed."""
-    importlib.import_module(PACKAGES[choose_engine("mlx")]).quantize_folder(source, target, bits)
+def mlx_dequantize(parts: Sequence[Array], form: Mapping[str, Any]) -> Array:
+    """Unpack rows in one of MLX's formats, codes, scales and biases where it has them, to float32 (rows, columns).
+
+    `form` has `bits`, `group_size` and `mode`; scales and biases are float32, or uint8 where the mode keeps them so.
+    Raises MachineError where MLX is not installed.
+    """
+    return importlib.import_module(PACKAGES[choose_engine("mlx")]).dequantize(parts, form)
+
+
+def mlx_target(source: Source, quantization: QuantizationConfig, dtype: str | None) -> Target:
+    """Plan the folder that mlx-lm makes of a model, its weights packed where the config says so.
+
+    Raises MachineError where MLX is not installed, UserError for a model that mlx-lm can't represent.
+    """
+    return importlib.import_module(PACKAGES[choose_engine("mlx")]).conversion_target(source, quantization, dtype)
+
+
+def packable_modules(config: Mapping[str, Any], where: Path) -> Sequence[str]:
+    """List the linear modules of transformers' model of a config that bitsandbytes packs.
+
+    Raises MachineError where torch is not installed, UserError, which names `where`, for a model it can't build.
+    """
+    return importlib.import_module(PACKAGES[choose_engine("torch")]).packable_modules(config, where)
 
 
 def device_memory(name: str, device: str) -> DeviceMemory:

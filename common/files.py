@@ -33,8 +33,7 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number, as in containers
         temporary.mkdir(parents=True)
-        if shutil.disk_usage(temporary).free < num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        require_room(temporary, num_bytes)
         yield temporary
         for path in temporary.rglob("*"):
             sync(path)
@@ -45,7 +44,7 @@ def new_folder(output: Path, num_bytes: int = 0, replace: bool = False) -> Itera
             temporary.rename(output)
         sync(output.parent)
     except OSError as error:
-        raise _disk_error(output, temporary, num_bytes, error) from error
+        raise disk_error(output, temporary, num_bytes, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -144,7 +143,14 @@ def _exchange(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_error(output: Path, temporary: Path, num_bytes: int, error: OSError) -> DiskError:
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raise the OSError of a full disk where a folder's disk has less room than that."""
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disk_error(output: Path, temporary: Path, num_bytes: int, error: OSError) -> DiskError:
+    """Say why a folder of `num_bytes` in all, of which some lie in `temporary`, can't be written."""
     if error.errno not in FULL or not temporary.exists():
         return DiskError(explain(output, error))
     written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())

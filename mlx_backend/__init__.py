@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.config import LoraConfig, TrainConfig
+    from common.config import LoraConfig, QuantizationConfig, TrainConfig
+    from common.convert.source import Source
+    from common.convert.target import Target
     from common.doctor.finding import Finding
-    from common.engine import DeviceMemory, Engine
+    from common.engine import Array, DeviceMemory, Engine
 
 
 def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -> Engine:
@@ -47,14 +51,25 @@ def examine() -> list[Finding]:
     return list(health.examine(blas))
 
 
-def quantize_folder(source: Path, target: Path, bits: int) -> None:
-    """Write a model folder again with its weights in MLX's format of so many bits."""
+def dequantize(parts: Sequence[Array], form: Mapping[str, Any]) -> Array:
+    """Unpack rows in one of MLX's formats to float32."""
+    if "mlx.core" not in sys.modules:  # it is called for every block of rows
+        from mlx_backend.blas import use_fast_blas
+
+        use_fast_blas()
+    from mlx_backend import convert
+
+    return convert.dequantize(parts, form)
+
+
+def conversion_target(source: Source, quantization: QuantizationConfig, dtype: str | None) -> Target:
+    """Plan the folder that mlx-lm makes of a model."""
     from mlx_backend.blas import use_fast_blas
 
     use_fast_blas()
     from mlx_backend import convert
 
-    convert.quantize_folder(source, target, bits)
+    return convert.MlxTarget(source, quantization, dtype)
 
 
 def device_memory(device: str) -> DeviceMemory:

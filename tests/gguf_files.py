@@ -13,10 +13,10 @@ from tiny_models import write_family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.base.tensor_files import TensorSpec
+from common.base.tensors import model_tensors
 from common.base.weights import read_model_config
 from common.export.gguf_model import write_gguf_model
 from common.export.gguf_vocabulary import vocabulary_metadata
-from common.export.tensors import model_tensors
 
 CORPUS = [
     "the cat sat on the mat",

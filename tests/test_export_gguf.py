@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversions import convert_gguf
 from exports import make_adapter, model_logits, peft_logits, run_export
 from gguf_files import as_gguf, write_exportable
 from llama_cpp import CLOSE, expected, log_probabilities
@@ -13,7 +14,6 @@ from common.base.weights import read_model_config
 from common.errors import UserError
 from common.export.gguf_metadata import model_metadata
 from common.gguf.architectures import ARCHITECTURES
-from common.gguf.convert import convert_gguf
 from common.gguf.names import gguf_names
 
 # llama.cpp multiplies rounded weights by inputs rounded to the same dtype (Q8_0: to 8 bits), torch by float32.

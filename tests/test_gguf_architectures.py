@@ -4,17 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversions import convert_gguf
 from exports import TOKENS, model_logits
 from gguf_files import as_gguf, write_exportable
 from llama_cpp import CLOSE, expected, log_probabilities
 from tiny_models import LONG_ROPE, YARN
 
+from common.base.tensors import model_tensors
 from common.base.weights import read_model_config
 from common.config import TrainConfig
 from common.engine import open_engine
-from common.export.tensors import model_tensors
 from common.gguf.architectures import ARCHITECTURES
-from common.gguf.convert import convert_gguf
 
 SCALED = {
     "llama": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},

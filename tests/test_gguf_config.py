@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conversions import convert_gguf
 from gguf_files import (
     SHAPE,
     add_vocabulary,
@@ -27,7 +28,6 @@ from common.base.weights import read_model_config
 from common.errors import UserError
 from common.export.gguf_metadata import model_metadata
 from common.gguf.config import model_config
-from common.gguf.convert import convert_gguf
 from common.gguf.file import GgufFile, read_gguf
 from common.gguf.names import gguf_names
 from common.gguf.source import open_gguf_model

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversions import convert_gguf
 from gguf import GGUFReader
 from gguf_files import tiny_llama, write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.gguf.convert import convert_gguf
 from common.gguf.file import read_gguf
 from common.gguf.source import open_gguf_model
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from conversions import convert_gguf
 from gguf_files import TEXTS, as_gguf, load_model
 from llama_cpp import expected, log_probabilities, tokenize
 
 from common.config import TrainConfig
 from common.engine import Engine, open_engine
-from common.gguf.convert import convert_gguf
 from common.sampling import Sampling
 
 QUICKSTART = Path(__file__).parent.parent / "models" / "smollm2-135m-instruct"

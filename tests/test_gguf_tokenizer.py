@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from conversions import convert_gguf
 from gguf import GGUFWriter, TokenType
 from gguf_files import CORPUS, SHAPE, TEXTS, add_vocabulary, smollm_bpe, tiny_llama, trained_bpe, write_gguf
 from llama_cpp import tokenize
 from tokenizers import Tokenizer, pre_tokenizers
 
-from common.gguf.convert import convert_gguf
 from common.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 

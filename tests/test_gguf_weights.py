@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import convert_gguf
 from gguf import GGMLQuantizationType
 from gguf_files import SCALES, load_model, logits, smollm_bpe, tiny_llama, write_gguf
 from llama_cpp import CLOSE, expected, log_probabilities
@@ -13,7 +14,6 @@ from llama_cpp import CLOSE, expected, log_probabilities
 from common.base.tensor_files import encode
 from common.errors import UserError
 from common.gguf import source as source_module
-from common.gguf.convert import convert_gguf
 from common.gguf.file import GgufTensor
 from common.gguf.source import open_gguf_model
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.files import cache_folder
 
@@ -32,6 +33,14 @@ def examine() -> list[Finding]:
     from torch_backend import health
 
     return list(health.examine())
+
+
+def packable_modules(config: Mapping[str, Any], where: Path) -> Sequence[str]:
+    """List the linear modules of transformers' model of a config that bitsandbytes packs."""
+    _quieten()
+    from torch_backend import model
+
+    return model.packable_modules(config, where)
 
 
 def device_memory(device: str) -> DeviceMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from common.base.quantized import BITSANDBYTES_4BIT, check_quantization, stored_format
@@ -52,6 +56,29 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, dev
     return model
 
 
+def packable_modules(config: Mapping[str, Any], where: Path) -> list[str]:
+    """List the linear modules that transformers lets bitsandbytes pack in a model of a config, without its weights.
+
+    Raises UserError, which names `where`, for a model that transformers can't build or that has convolutions for
+    linear layers, which bitsandbytes stores transposed.
+    """
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            described = AutoConfig.for_model(config["model_type"], **settings)
+            model = _auto_class(config["model_type"]).from_config(described)
+    except (ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
+        raise _unloadable(where, config["model_type"], error) from None
+    modules = dict(model.named_modules())
+    if any(isinstance(module, Conv1D) for module in modules.values()):
+        raise UserError(
+            f"{where}: {config['model_type']} has convolutions for linear layers, which bitsandbytes keeps transposed; "
+            "let transformers quantise it"
+        )
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return [name for name, module in modules.items() if type(module) is nn.Linear and should_convert_module(name, kept)]
+
+
 def _read(
     directory: Path, dtype: str, bitsandbytes: Any, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -70,10 +97,12 @@ def _read(
             output_loading_info=True,
         )
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, StrictDataclassError) as error:
-        reason = re.sub(r"\s+", " ", str(error))[:300]
-        raise UserError(
-            f"{directory}: the torch engine can't load this model (model_type {model_type}): {reason}"
-        ) from None
+        raise _unloadable(directory, model_type, error) from None
+
+
+def _unloadable(directory: Path, model_type: str, error: Exception) -> UserError:
+    reason = re.sub(r"\s+", " ", str(error))[:300]
+    return UserError(f"{directory}: the torch engine can't load this model (model_type {model_type}): {reason}")
 
 
 def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:

@@ -40,9 +40,12 @@ def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
     return header_of((spec.name, STORED[spec.dtype][0], spec.shape, spec.num_bytes) for spec in specs)
 
 
-def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """Encode the head of a safetensors file from each tensor's name, safetensors' dtype, shape and number of bytes."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]], layout: str = "pt") -> bytes:
+    """Encode the head of a safetensors file from each tensor's name, safetensors' dtype, shape and number of bytes.
+
+    `layout` says whose names and orientation the tensors have: torch's ("pt") or "mlx".
+    """
+    table: dict[str, object] = {"__metadata__": {"format": layout}}
     offset = 0
     for name, dtype, shape, num_bytes in tensors:
         end = offset + num_bytes

@@ -85,6 +85,13 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what the writer of a safetensors file, whose header was checked, noted in it."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
 def _describes_a_tensor(entry: dict[str, Any]) -> bool:
     """Tell whether an entry of a header has the types that its readers count on."""
     whole = [*entry["shape"], *entry["data_offsets"]]

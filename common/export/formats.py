@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from common.engine import Engine, quantize_folder
+from common.base.shards import SHARD_BYTES, dealt
+from common.convert.request import quantization_of
+from common.convert.source import open_source
+from common.convert.writing import write_config, write_weights
+from common.engine import Engine, mlx_target
 from common.errors import UserError
 from common.export.adapter import Adapter, read_tuned
 from common.export.gguf_adapter import adapter_file, read_gguf_adapter, write_gguf_adapter
@@ -59,15 +62,14 @@ def write(folder: Path, to: Format, adapter: Adapter, source: Source, engine: En
 
 def quantise(folder: Path, bits: int, source: Source) -> Written:
     """Put a merged model that lies in `folder` into MLX's format of so many bits, in its place."""
-    packed = folder.with_name(f"{folder.name}-packed")
-    try:
-        quantize_folder(folder, packed, bits)
+    target = mlx_target(open_source(str(folder)), quantization_of(bits, None, None, []), None)
+    with TemporaryDirectory(prefix=".twintune-", dir=folder.parent) as packed:
+        write_weights(Path(packed), target, dealt(target.groups, SHARD_BYTES))
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
-        for path in packed.iterdir():
+        for path in Path(packed).iterdir():
             path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(packed, ignore_errors=True)
+    write_config(folder, target)
     return Written("weights", f"{bits} bits", lambda: source.open_for_mlx(folder))
 
 

@@ -7,17 +7,16 @@ bits again would round a small adapter away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from common.base.tensor_files import TensorSpec
+from common.base.tensors import default_dtype, model_tensors
 from common.engine import Array, Engine
 from common.errors import UserError
 from common.export.adapter import Adapter, Part
 from common.export.source import Source
-from common.export.tensors import Tensors, model_tensors
 from common.lora import HEAD
 
 EMBEDDING = "model.embed_tokens"
@@ -103,12 +102,3 @@ class MergedModel:
 def is_packing(name: str) -> bool:
     """Tell whether a tensor is part of how another one is packed."""
     return name.endswith(PACKING) or any(inside in name for inside in PACKING_INSIDE)
-
-
-def default_dtype(config: Mapping[str, Any], base: Tensors) -> str:
-    """Return the dtype of the base's floats, as its config says or else as most of its tensors are."""
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    if named in ("float32", "float16", "bfloat16"):
-        return str(named)
-    stored = [base.dtype(name) for name in base if base.is_float(name)]
-    return max(set(stored), key=stored.count)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.base.shards import SHARD_BYTES, dealt, write_index
 from common.base.tensor_files import TensorSpec, write_safetensors
 from common.base.weights import rope_in_both_forms
 from common.export.merge import MergedModel
 from common.export.source import Source
 
-SHARD_BYTES = 5_000_000_000
 COPIED = ("generation_config.json",)
 PACKED_KEYS = ("quantization_config", "quantization")
 
@@ -21,18 +20,11 @@ PACKED_KEYS = ("quantization_config", "quantization")
 def write_merged(folder: Path, model: MergedModel, source: Source, dtype: str | None) -> list[TensorSpec]:
     """Write the merged model; returns what was written. Raises OverflowError where a weight doesn't fit its dtype."""
     specs = model.specs(dtype)
-    shards = list(_shards(specs, SHARD_BYTES))
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        index = {
-            "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
-            "weight_map": {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, model.values(shard))
+    shards = dealt(specs, SHARD_BYTES)
+    names = {file: [spec.name for spec in shard] for file, shard in shards.items()}
+    write_index(folder, names, sum(spec.num_bytes for spec in specs))
+    for file, shard in shards.items():
+        write_safetensors(folder / file, shard, model.values(shard))
     config = merged_config(source.model_config(), model, specs)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source.copy_tokenizer(folder)
@@ -54,14 +46,3 @@ def merged_config(config: dict[str, Any], model: MergedModel, specs: list[Tensor
     if model.unties:
         merged["tie_word_embeddings"] = False
     return merged
-
-
-def _shards(specs: list[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
-    """Deal tensors to files of at most `limit` bytes, a larger tensor to one of its own."""
-    shard: list[TensorSpec] = []
-    for spec in specs:
-        if shard and sum(each.num_bytes for each in shard) + spec.num_bytes > limit:
-            yield shard
-            shard = []
-        shard.append(spec)
-    yield shard

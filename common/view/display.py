@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -52,13 +61,25 @@ def scores(columns: Mapping[str, Mapping[str, float]], console: Console) -> None
 @contextmanager
 def counter(what: str, total: int | None, console: Console) -> Iterator[Callable[[int], None]]:
     """Show how many of `total`, if that is known, are done, where there is a terminal; yields the function to tell."""
+    with _bar(what, total, console, MofNCompleteColumn(), TimeElapsedColumn()) as tell:
+        yield tell
+
+
+@contextmanager
+def byte_counter(what: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show likewise how many bytes are done, and the time left."""
+    with _bar(what, total, console, DownloadColumn(), TimeRemainingColumn()) as tell:
+        yield tell
+
+
+@contextmanager
+def _bar(what: str, total: int | None, console: Console, *figures: ProgressColumn) -> Iterator[Callable[[int], None]]:
     if not console.is_terminal:
         if total:
             say(console, f"{what} ...")
         yield lambda done: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(TextColumn("{task.description}"), BarColumn(), *figures, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
