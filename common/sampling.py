@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,17 @@ WORTH_SHARING = 8  # tokens of a common beginning that are worth a forward pass 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Say how to generate: `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token."""
+    """Say how to generate: `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 keep every token.
+
+    Penalty and cuts are transformers', in its order.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
 
@@ -28,8 +33,10 @@ class Sampling:
 class Chooser:
     """Choose one token a row and step, and know which rows are done."""
 
-    def __init__(self, sampling: Sampling, rows: int) -> None:
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
+        rows = len(prompts)
         self._sampling = sampling
+        self._seen = [set(prompt) for prompt in prompts] if sampling.repetition_penalty != 1 else None
         self._random = np.random.default_rng(sampling.seed)
         self._chosen = 0
         self._open = np.full(rows, sampling.max_new_tokens > 0)
@@ -42,6 +49,9 @@ class Chooser:
 
     def choose(self, logits: Array) -> Array:
         """Return a token id (B,) for logits (B, V); rows that have ended get one too, to be passed over."""
+        if self._seen:
+            seen = [self._seen[row] for row in self._rows]
+            logits = penalised(logits, seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             return logits.argmax(axis=-1)
         cumulative = truncated_probabilities(logits, self._sampling).cumsum(axis=-1)
@@ -53,6 +63,8 @@ class Chooser:
         self._chosen += 1
         stops = np.isin(tokens, list(self._sampling.stop_ids))
         for row, token, stop in zip(self._rows, tokens, stops, strict=True):
+            if self._seen:
+                self._seen[row].add(int(token))
             if self._open[row]:
                 yield int(row), int(token)
             self._open[row] &= not stop
@@ -72,8 +84,21 @@ class Chooser:
         return kept
 
 
+def penalised(logits: Array, seen: Sequence[Collection[int]], penalty: float) -> Array:
+    """Return logits (B, V) with those of each row's seen tokens made smaller (CTRL, arXiv:1909.05858, section 4.1)."""
+    logits = logits.copy()
+    for row, tokens in zip(logits, seen, strict=True):
+        index = np.fromiter(tokens, np.int64, len(tokens))
+        row[index] = np.where(row[index] < 0, row[index] * penalty, row[index] / penalty)
+    return logits
+
+
 def truncated_probabilities(logits: Array, sampling: Sampling) -> Array:
-    """Return softmax(logits / temperature) over the top-k and nucleus (arXiv:1904.09751) tokens, float64 (B, V)."""
+    """Return softmax(logits / temperature), float64 (B, V), over the tokens that the cuts leave.
+
+    They are the top k, of these the nucleus (arXiv:1904.09751), of these such as have at least the share `min_p` of the
+    likeliest one's probability (arXiv:2407.01082).
+    """
     scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.top_k:
         kept = min(sampling.top_k, scaled.shape[-1])
@@ -86,6 +111,9 @@ def truncated_probabilities(logits: Array, sampling: Sampling) -> Array:
         ranked = np.take_along_axis(probabilities, order, axis=-1)
         ranked[ranked.cumsum(axis=-1) - ranked >= sampling.top_p] = 0  # the token that crosses top_p stays
         np.put_along_axis(probabilities, order, ranked, axis=-1)
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max(axis=-1, keepdims=True)] = 0
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
     return probabilities
 

@@ -37,7 +37,7 @@ def generate(
     if shared and all(type(each) is BatchKVCache for each in cache):
         _fill(cache, model, selection, prompts[0][:shared], padding)
         token_ids = token_ids[:, shared:]
-    chooser = Chooser(sampling, len(prompts))
+    chooser = Chooser(sampling, prompts)
     while not chooser.finished:
         chosen = chooser.choose(_last_logits(model, selection, token_ids, cache))
         yield from chooser.accept(chosen)

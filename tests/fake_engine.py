@@ -98,7 +98,7 @@ class FakeEngine:
         return handle.result
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
-        chooser = Chooser(sampling, len(prompts))
+        chooser = Chooser(sampling, prompts)
         last = np.array([prompt[-1] for prompt in prompts])
         while not chooser.finished:
             last = chooser.choose(self._logits(last))

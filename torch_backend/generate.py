@@ -28,7 +28,7 @@ def generate(
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
         cache = _filled(model, config, torch.tensor([prompts[0][:shared]], device=device), padding)
         token_ids, positions = token_ids[:, shared:], positions[:, shared:]
-    chooser = Chooser(sampling, len(prompts))
+    chooser = Chooser(sampling, prompts)
     while not chooser.finished:
         logits = _last_logits(model, torch.from_numpy(token_ids).to(device), mask, positions, cache)
         chosen = chooser.choose(logits.float().cpu().numpy())
