@@ -86,12 +86,31 @@ def train(
 
 @app.command(epilog="Example: twintune evaluate --config configs/quickstart.yaml --adapter outputs/quickstart/final")
 def evaluate(
-    config: ConfigOption,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN_DIR", help="With --compare: runs or adapters, two or more.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="The config; --compare has the first run's.")
+    ] = None,
     adapter: AdapterOption = None,
     data: Annotated[
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="Examples; else the config's data.test."),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="In place of the config's metrics: exact_match, ...; repeatable."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Ask several runs the same questions, and say how sure the difference is.")
+    ] = False,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-evaluation-harness instead.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each --lm-eval task, this many questions.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put --lm-eval's prompts through the chat template.")
+    ] = False,
     engine: EngineOption = None,
     device: DeviceOption = None,
     full_precision: Annotated[
@@ -100,16 +119,18 @@ def evaluate(
     as_json: JsonOption = False,
     overrides: SetOption = None,
 ) -> None:
-    """Measure loss, perplexity and answers of base and adapter, side by side."""
+    """Measure loss, perplexity and answers of base and adapter, side by side; or runs with --compare."""
     from rich.console import Console
 
-    from common import launch
+    from common.evaluate import verb
 
-    settings = _load(config, engine, device, overrides)
-    console = Console(stderr=as_json)
-    scores = launch.evaluate_adapter(settings, adapter, [str(path) for path in data or []], console, full_precision)
+    asked = verb.Request(
+        config, runs or [], adapter, data or [], metric or [], compare, lm_eval, limit, apply_chat_template
+    )
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # libraries and your own metrics print too
+        result = verb.run(asked, _overrides(engine, device, overrides), full_precision, Console(stderr=as_json))
     if as_json:
-        print(json.dumps(scores))
+        print(json.dumps(result))
 
 
 @app.command(epilog='Example: twintune generate --model models/smollm2-135m-instruct --prompt "turn on the light"')
@@ -402,8 +423,12 @@ def main() -> None:
 def _load(config: Path, engine: str | None, device: str | None, overrides: list[str] | None) -> TrainConfig:
     from common.config import load_config
 
+    return load_config(config, _overrides(engine, device, overrides))
+
+
+def _overrides(engine: str | None, device: str | None, overrides: list[str] | None) -> list[str]:
     options = {"engine": engine, "device": device}
-    return load_config(config, [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value)])
+    return [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value)]
 
 
 def _resume_command(arguments: list[str]) -> str:

@@ -17,6 +17,10 @@ class UserError(TwintuneError):
     exit_code = 2
 
 
+class OwnCodeError(TwintuneError):
+    """Report what a Python function of the user's raised, or returned that it shouldn't."""
+
+
 class DiskError(UserError):
     """Report a disk that is full or can't be written; what was there before is as it was."""
 

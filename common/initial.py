@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from common.config import LoraConfig
-from common.engine import Array, Engine
-from common.lora import keeps_start, lora_a_key, lora_b_key, magnitude_key, module_of_key, module_scaling
+from common.engine import Array, Engine, TrainState
+from common.lora import as_stored, keeps_start, lora_a_key, lora_b_key, magnitude_key, module_of_key, module_scaling
 
 OVERSAMPLING = 8  # columns beyond the rank in the randomised SVD, enough by Halko et al., section 4.2
 
@@ -23,6 +23,11 @@ OVERSAMPLING = 8  # columns beyond the rank in the randomised SVD, enough by Hal
 def starting_weights(engine: Engine, lora: LoraConfig, seed: int) -> dict[str, Array]:
     """Return a fresh adapter for an engine; `lora` is the config's own, not `as_stored`."""
     return initial_weights(engine.adapter_shapes(), seed, lora, engine.base_weight)
+
+
+def untrained(engine: Engine, lora: LoraConfig, seed: int) -> TrainState:
+    """Return an adapter that changes nothing, whatever training starts from: with it a model is its base."""
+    return TrainState.fresh(starting_weights(engine, as_stored(lora), seed))
 
 
 def initial_weights(

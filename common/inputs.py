@@ -1,9 +1,10 @@
-"""What a run reads: training, validation and test data, with what a person should know of each said aloud."""
+"""What a run reads: training, validation and test data, and the base, with what a person should know said aloud."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,18 +16,14 @@ from common.data.records import read_examples
 from common.data.sources import Split
 from common.data.tokenise import DataReport
 from common.data.tokens import TokenDataset
+from common.engine import Engine, open_engine
 from common.errors import UserError
-from common.evaluate import Question, make_questions
+from common.evaluate.metrics import make_metrics
+from common.evaluate.questions import make_questions
+from common.evaluate.scores import HeldOut
+from common.lora import as_stored, num_trainable
 from common.view import display
 from common.view.display import say
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """Hold the held-out examples, as tokens where their loss is wanted, and as questions."""
-
-    data: TokenDataset | None
-    questions: list[Question]
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,22 @@ def _say_data(
         say(console, f"  {line}")
 
 
-def read_test(paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> TestSet:
-    """Read the held-out examples."""
+def read_test(paths: Sequence[str], config: TrainConfig, tokenizer: ChatTokenizer, console: Console) -> HeldOut:
+    """Read the held-out examples, and make what judges the answers; raises UserError where they don't fit."""
     data = _read_data("test", paths, config, tokenizer, console)
     examples = read_examples(paths, config.data, [], "test")
-    return TestSet(data, make_questions(examples, tokenizer, skip=config.data.on_error == "skip"))
+    questions = make_questions(examples, tokenizer, skip=config.data.on_error == "skip")
+    return HeldOut(data, questions, make_metrics(config.evaluation.metrics, questions))
+
+
+def read_base(name: str, config: TrainConfig, model_dir: Path, console: Console) -> Engine:
+    """Open an engine with the base and the config's adapter."""
+    say(console, f"Loading {model_dir} with the {name} engine ...")
+    engine = open_engine(name, config, model_dir, as_stored(config.lora))
+    trainable = num_trainable(engine.adapter_shapes())
+    versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
+    say(
+        console,
+        f"Base in {engine.dtype} on {engine.device}; {trainable / 1e6:.2f} million trainable weights ({versions})",
+    )
+    return engine

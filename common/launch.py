@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TextIO
 
 from rich.console import Console
 
-from common.adapters.adapter import check_adapter, fitted_weights, lora_of, peft_config, read_adapter
+from common.adapters.adapter import check_adapter, peft_config, read_adapter
 from common.base.hub import resolve_model
-from common.base.quantized import stored_format
-from common.base.weights import fingerprint, read_model_config
+from common.base.weights import fingerprint
 from common.batches import BatchPlan
-from common.config import QuantizationConfig, TrainConfig, require_trainable
+from common.config import TrainConfig, require_trainable
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset
-from common.engine import Engine, TrainState, choose_engine, open_engine
-from common.errors import Interrupted, UserError
+from common.engine import Engine, TrainState, choose_engine
+from common.errors import Interrupted
 from common.estimate.guard import refuse_hopeless
 from common.estimate.workload import planned_workload
-from common.evaluate import Comparison, Evaluation, compare_answers, evaluate
+from common.evaluate.beside_base import compare_with_base
 from common.initial import starting_weights
-from common.inputs import TestSet, read_test, read_training
+from common.inputs import read_base, read_test, read_training
 from common.lora import as_stored
 from common.runs.awake import kept_awake
 from common.runs.checkpoint import AdapterFiles
-from common.runs.facts import gather_facts, num_trainable
+from common.runs.facts import gather_facts
 from common.runs.finish import Ending
 from common.runs.record import RunRecord
 from common.runs.run import Identity, RunFolder, Start, alone_in, refuse_other_run
@@ -43,7 +41,6 @@ from common.runs.saving import next_save_text
 from common.runs.signals import stop_on_signals
 from common.runs.start import StartAdapter, begin_from, is_plain_adapter, read_start
 from common.trainer import Trainer
-from common.view import display
 from common.view.display import say
 from common.view.live import make_reporter
 from common.view.metrics import MetricsLog
@@ -102,7 +99,7 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
     plan = BatchPlan.of(read.data, config)
     if not request.force:
         refuse_hopeless(config, name, str(model_dir), planned_workload(plan))
-    engine = _open(name, config, model_dir, console)
+    engine = read_base(name, config, model_dir, console)
     adapter = peft_config(
         as_stored(config.lora), engine.target_modules(), base, config.revision, engine.tied_embeddings
     )
@@ -131,57 +128,12 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
             _train(config, request, engine, plan, read.validation, folder, start, reporter)
         if test:
             # The person waits: where there are scores to show, the loss on the test file is left to `evaluate`.
-            shown = TestSet(None if config.evaluation.metrics else test.data, test.questions)
-            record.add(asdict(_compare(engine, config, shown, tokenizer, console)))
+            shown = replace(test, data=None if test.metrics else test.data)
+            record.add(asdict(compare_with_base(engine, config, shown, tokenizer, console)))
     say(console, f"The adapter is in {folder.final}")
     if request.events:
         print_event(request.events, "end", {"final": str(folder.final), "scores": record.scores})
     engine.close()
-
-
-def evaluate_adapter(
-    config: TrainConfig, adapter: Path | None, data: Sequence[str], console: Console, full_precision: bool = True
-) -> Mapping[str, Mapping[str, float]]:
-    """Score the base and, where there is one, an adapter on a file; returns {"base": scores, "adapter": scores}.
-
-    Where the config quantises the base, "full_precision" comes before them, the base as it is, unless left out.
-    """
-    paths = data or config.data.test or config.data.validation
-    base = config.model_name_or_path
-    if not base or not paths:
-        raise UserError("evaluate needs model_name_or_path and data.test in the config, or --data FILE")
-    if adapter is None and (Path(config.output_dir) / "final").is_dir():
-        adapter = Path(config.output_dir) / "final"
-    name = choose_engine(config.engine)
-    weights, settings = read_adapter(adapter) if adapter else ({}, {})
-    config = config.model_copy(update={"lora": lora_of(settings, adapter) if adapter else config.lora})
-    model_dir = resolve_model(base, config.revision)
-    tokenizer = ChatTokenizer(model_dir)
-    test = read_test(paths, config, tokenizer, console)
-    rounds = config.quantization.way and stored_format(read_model_config(model_dir)) is None
-    full = _full_precision(name, config, model_dir, test, tokenizer, console) if rounds and full_precision else {}
-    engine = _open(name, config, model_dir, console)
-    if adapter is None:
-        engine.load_state(_untrained(engine, config))
-        scores = full | {"base": _evaluate("base", engine, config, test, tokenizer, console).scores}
-        display.scores(scores, console)
-        return scores
-    engine.load_state(TrainState.fresh(fitted_weights(weights, engine, adapter)))
-    return _compare(engine, config, test, tokenizer, console, full).scores
-
-
-def _full_precision(
-    name: str, config: TrainConfig, model_dir: Path, test: TestSet, tokenizer: ChatTokenizer, console: Console
-) -> dict[str, dict[str, float | int]]:
-    """Score the base without its quantisation, and without what only shows its answers; let it go again."""
-    say(console, f"Loading {model_dir} in full precision, to compare with (--no-full-precision leaves it out) ...")
-    plain = config.model_copy(update={"quantization": QuantizationConfig(), "dtype": config.compute_dtype})
-    scored = TestSet(test.data, test.questions if config.evaluation.metrics else [])
-    engine = open_engine(name, plain, model_dir, None)
-    try:
-        return {"full_precision": _evaluate("base in full precision", engine, plain, scored, tokenizer, console).scores}
-    finally:
-        engine.close()
 
 
 def _train(
@@ -258,23 +210,6 @@ def _start(
     return start
 
 
-def _untrained(engine: Engine, config: TrainConfig) -> TrainState:
-    """Return an adapter that changes nothing, whatever training starts from."""
-    return TrainState.fresh(starting_weights(engine, as_stored(config.lora), config.seed))
-
-
-def _open(name: str, config: TrainConfig, model_dir: Path, console: Console) -> Engine:
-    say(console, f"Loading {model_dir} with the {name} engine ...")
-    engine = open_engine(name, config, model_dir, as_stored(config.lora))
-    trainable = num_trainable(engine)
-    versions = ", ".join(f"{library} {version}" for library, version in engine.versions.items())
-    say(
-        console,
-        f"Base in {engine.dtype} on {engine.device}; {trainable / 1e6:.2f} million trainable weights ({versions})",
-    )
-    return engine
-
-
 def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, reporter: Reporter) -> None:
     """On a CPU or MPS, measure a forward pass and say how long the run will take."""
     if engine.device_type not in ("cpu", "mps"):
@@ -287,29 +222,3 @@ def _say_expected_time(engine: Engine, plan: BatchPlan, start: Start, reporter: 
     seconds = (time.monotonic() - began) * STEP_PER_FORWARD * steps * plan.accumulation
     why = "There is no CUDA device here: t" if engine.name == "torch" else "T"
     reporter.say(f"{why}raining on {engine.device} takes about {clock(seconds)} ({steps} steps)")
-
-
-def _compare(
-    engine: Engine,
-    config: TrainConfig,
-    test: TestSet,
-    tokenizer: ChatTokenizer,
-    console: Console,
-    full: Mapping[str, dict[str, float | int]] = MappingProxyType({}),
-) -> Comparison:
-    """Evaluate the engine's adapter and then, with the untrained adapter, the base; show both beside `full`."""
-    tuned = _evaluate("adapter", engine, config, test, tokenizer, console)
-    engine.load_state(_untrained(engine, config))
-    before = _evaluate("base", engine, config, test, tokenizer, console)
-    asked = test.questions[: config.evaluation.samples]
-    display.answers(asked, before.answers, tuned.answers, console)
-    scores = {**full, "base": before.scores, "adapter": tuned.scores}
-    display.scores(scores, console)
-    return compare_answers(scores, asked, before.answers, tuned.answers)
-
-
-def _evaluate(
-    what: str, engine: Engine, config: TrainConfig, test: TestSet, tokenizer: ChatTokenizer, console: Console
-) -> Evaluation:
-    with display.counter(f"evaluating the {what}", len(test.questions), console) as advance:
-        return evaluate(engine, config, test.data, test.questions, tokenizer, advance)

@@ -71,6 +71,11 @@ def module_scaling(module: str, lora: LoraConfig) -> float:
     return alpha / (math.sqrt(rank) if lora.use_rslora else rank)
 
 
+def num_trainable(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Count the weights of an adapter."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def as_stored(lora: LoraConfig) -> LoraConfig:
     """Return the plain LoRA that an adapter is in memory and in files.
 

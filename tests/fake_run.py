@@ -9,7 +9,7 @@ import time
 from fake_engine import FakeEngine
 
 import common.files
-import common.launch
+import common.inputs
 from common.cli import main
 
 
@@ -24,7 +24,11 @@ def slow_sync(path, sync=common.files.sync):
     sync(path)
 
 
+def open_slow(name, config, directory, lora):
+    return SlowEngine(config.model_copy(update={"lora": lora}) if lora else config, vocabulary=416)
+
+
 if __name__ == "__main__":
-    common.launch.open_engine = lambda name, config, directory, lora: SlowEngine(config, vocabulary=416)
+    common.inputs.open_engine = open_slow
     common.files.sync = slow_sync
     main()

@@ -40,6 +40,7 @@ from common.base.weights import rope_in_both_forms
 from common.config import TrainConfig
 from common.engine import Array, TrainState
 from common.errors import UserError
+from common.evaluate.beside_base import evaluate_adapter
 from common.export.export import Request, export
 from common.lora import lora_a_key, magnitude_key
 from common.runs.start import is_plain_adapter
@@ -442,7 +443,7 @@ def test_evaluate_scores_an_adapter_of_mlx_lm_and_chat_finds_its_base(engine, ti
     expected = save_mlx(tiny_model, tmp_path / "given", num_layers=1)
     config = run_config(tiny_model, tmp_path, engine=engine)
     console = Console(file=io.StringIO())
-    scores = launch.evaluate_adapter(config, tmp_path / "given", [], console)
+    scores = evaluate_adapter(config, tmp_path / "given", [], console)
     assert abs(scores["adapter"]["loss"] - scores["base"]["loss"]) > 0.01
     speaker = talk.open_model(None, tmp_path / "given", engine, DEVICE)
     assert_same(speaker.engine.logits(TOKENS), expected, mlx_logits(mlx_model(tiny_model)))

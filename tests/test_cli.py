@@ -25,7 +25,7 @@ from common.adapters.adapter import read_adapter
 from common.base.hub import resolve_model
 from common.config import load_config
 from common.errors import UserError
-from common.launch import evaluate_adapter
+from common.evaluate.beside_base import evaluate_adapter
 from common.runs.checkpoint import checkpoints, damage
 from common.view.talk import open_model
 

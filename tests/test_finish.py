@@ -191,7 +191,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
         opened.append(engine)
         return engine
 
-    monkeypatch.setattr(launch, "open_engine", open_engine)
+    monkeypatch.setattr("common.inputs.open_engine", open_engine)
     return opened
 
 

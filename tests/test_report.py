@@ -195,10 +195,24 @@ def test_scores_stand_beside_one_base_and_answers_under_one_prompt():
     assert score_rows(runs) == (
         ["base", "a", "b"],
         [("num_examples", ["4", "4", "4"]), ("exact_match", ["0.0%", "75.0%", "75.0%"])],
+        [],
     )
     given = [("base", "?", ""), ("a", "yes", ": as expected"), ("b", "(nothing)", "")]
     assert answer_cards(runs) == [{"prompt": "p", "expected": "yes", "given": given}]
     assert shown("a\x06\n") == "a\ufffd\n"
+
+
+def test_scores_of_fields_have_a_table_of_their_own():
+    scores = {
+        "base": {"json_fields:f1": 0.25, "json_fields:precision:room": 0.5, "json_fields:recall:room": 1.0},
+        "adapter": {"json_fields:f1": 1.0, "json_fields:f1:lamp.on": 1.0},
+    }
+    _, whole, fields = score_rows([run_with("a", scores=scores)])
+    assert whole == [("json_fields:f1", ["25.0%", "100.0%"])]
+    assert [(name, [cell.split() for cell in cells]) for name, cells in fields] == [
+        ("room", [["50.0%", "100.0%", "–"], ["–", "–", "–"]]),
+        ("lamp.on", [["–", "–", "–"], ["–", "–", "100.0%"]]),
+    ]
 
 
 def test_only_the_keys_that_differ_are_listed(one, other):

@@ -115,6 +115,13 @@ def vocabulary_size(directory: Path) -> int | None:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
+def context_length(directory: Path) -> int | None:
+    """Read how many tokens a model can look back on; None where its config doesn't say."""
+    config = read_model_config(directory)
+    text = {**config, **(config.get("text_config") or {})}
+    return next((text[key] for key in ("max_position_embeddings", "n_positions", "n_ctx") if text.get(key)), None)
+
+
 def fingerprint(directory: Path) -> str:
     """Return a sha256 over config.json and, of each weight file, name, size, header and 64 spread samples."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())

@@ -76,6 +76,7 @@ class ChatTokenizer:
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._added = TokenTexts(self._tokens)
         self._source = _template_source(directory, settings)
+        self.bos_id = self._token_id(self._special.get("bos_token"))
         self.eos_id = self._token_id(self._special.get("eos_token"))
         self.pad_id = self._token_id(self._special.get("pad_token")) or 0
         self.stop_ids = self._stop_ids()
@@ -131,10 +132,12 @@ class ChatTokenizer:
         """Tokenise a conversation up to where the assistant's answer begins."""
         return self._tokenize(self.render(messages, tools, add_generation_prompt=True)).ids
 
-    def text_ids(self, text: str) -> list[int]:
-        """Tokenise plain text with the special tokens that the tokenizer adds by itself."""
-        ids = self._tokenize(text, add_special_tokens=True).ids
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self._token_id(self._special.get("bos_token"))
+    def text_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokenise plain text with the special tokens that the tokenizer adds by itself, or without."""
+        ids = self._tokenize(text, add_special_tokens).ids
+        if not add_special_tokens:
+            return ids
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.bos_id
         return ids[1:] if doubled else ids  # the text begins with the token that the tokenizer adds
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:

@@ -8,7 +8,7 @@ before a run is refused, so that one look mends them all. The cost: fields nobod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from common.data.messages import kind, parsed, read_messages, read_tools, read_turns, require_answer, text, with_system
@@ -51,6 +51,7 @@ class Example:
     train_from: int = 0  # answers among messages[train_from:] are trained, those before are not
     token_ids: tuple[int, ...] = ()
     loss_mask: tuple[bool, ...] = ()  # of each of token_ids: whether predicting it is trained
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as the file has it, of held-out examples
 
 
 def read_examples(
@@ -67,7 +68,8 @@ def read_examples(
     for raw in read_raw(files):
         source = place(files, raw)
         try:
-            examples.append(to_example(decode(raw), source, data))
+            record = decode(raw)
+            examples.append(replace(to_example(record, source, data), record=record))
         except RecordError as error:
             errors.append(f"{source}: {error}")
     if errors and data.on_error == "stop":

@@ -18,13 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from common.config.resume import flat
+from common.evaluate.metrics import field_of
 from common.report.plots import Plot
 from common.report.runs import RunData
-from common.view.display import figure
 from common.view.progress import clock
+from common.view.tables import NONE, field_rows, figure
 
 HERE = Path(__file__).parent
-NONE = "–"
 ROWS = list[tuple[str, list[str]]]
 
 
@@ -32,7 +32,7 @@ def render_page(runs: Sequence[RunData], plots: Sequence[Plot]) -> str:
     """Return the page as HTML; all texts are escaped."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     single = runs[0] if len(runs) == 1 else None
-    score_names, scores = score_rows(runs)
+    score_names, scores, fields = score_rows(runs)
     return environment.get_template("page.html").render(
         title=single.name if single else f"{len(runs)} runs compared",
         subtitle=_subtitle(runs),
@@ -44,6 +44,7 @@ def render_page(runs: Sequence[RunData], plots: Sequence[Plot]) -> str:
         facts=table_rows(runs, _facts),
         scores=scores,
         score_names=score_names,
+        fields=fields,
         answers=answer_cards(runs),
         data=table_rows(runs, _data),
         lengths=[(run.name, bars) for run in runs if (bars := _length_bars(run))],
@@ -63,8 +64,11 @@ def table_rows(runs: Sequence[RunData], facts: Callable[[RunData], Any]) -> ROWS
     return [(label, [str(column.get(label, NONE)) for column in columns]) for label in labels]
 
 
-def score_rows(runs: Sequence[RunData]) -> tuple[list[str], ROWS]:
-    """Lay the scores of the base and of every run's adapter side by side, a base for each model there is."""
+def score_rows(runs: Sequence[RunData]) -> tuple[list[str], ROWS, ROWS]:
+    """Lay the scores of the base and of every run's adapter side by side, a base for each model there is.
+
+    Returns the names of the columns, the rows of whole scores, and those of single fields.
+    """
     columns: dict[str, Mapping[str, float]] = {}
     scored = [run for run in runs if run.scores]
     bases = {run.base for run in scored}
@@ -72,12 +76,12 @@ def score_rows(runs: Sequence[RunData]) -> tuple[list[str], ROWS]:
         base = "base" if len(bases) == 1 else f"base of {run.name}"
         columns.setdefault(base, run.scores["base"])
         columns["adapter" if len(runs) == 1 else run.name] = run.scores["adapter"]
-    metrics = dict.fromkeys(metric for column in columns.values() for metric in column)
+    metrics = dict.fromkeys(metric for column in columns.values() for metric in column if not field_of(metric))
     rows = [
         (metric, [figure(metric, column[metric]) if metric in column else NONE for column in columns.values()])
         for metric in metrics
     ]
-    return list(columns), rows
+    return list(columns), rows, field_rows(columns)
 
 
 def answer_cards(runs: Sequence[RunData]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,12 +9,14 @@ from typing import Any
 from common.batches import BatchPlan
 from common.data.tokens import TokenDataset
 from common.engine import Engine
-from common.inputs import TestSet, TrainingData
+from common.evaluate.scores import HeldOut
+from common.inputs import TrainingData
+from common.lora import num_trainable
 from common.view.preview import sum_up
 
 
 def gather_facts(
-    engine: Engine, plan: BatchPlan, done: int, read: TrainingData, test: TestSet | None, resume_command: str
+    engine: Engine, plan: BatchPlan, done: int, read: TrainingData, test: HeldOut | None, resume_command: str
 ) -> dict[str, Any]:
     """Return the facts of a start after `done` steps, in JSON's types; README.md, "Look at a run", lists them."""
     data: dict[str, Any] = {"training": asdict(sum_up(plan, read.report))}
@@ -28,18 +29,13 @@ def gather_facts(
         "device": engine.device,
         "dtype": engine.dtype,
         "versions": dict(engine.versions),
-        "trainable_weights": num_trainable(engine),
+        "trainable_weights": num_trainable(engine.adapter_shapes()),
         "total_steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "first_step": done + 1,
         "resume_command": resume_command,
         "data": data,
     }
-
-
-def num_trainable(engine: Engine) -> int:
-    """Count the weights that training changes."""
-    return sum(math.prod(shape) for shape in engine.adapter_shapes().values())
 
 
 def _counts(data: TokenDataset) -> Mapping[str, int]:

@@ -1,10 +1,9 @@
-"""Tables for people: what the base and the tuned model answer, and their scores, side by side."""
+"""What is said to a person: lines as they are, and how far a thing has come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,45 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-from rich.text import Text
-
-if TYPE_CHECKING:
-    from common.evaluate import Question
-
-LONGEST_ANSWER = 200  # characters of one answer; a base model rambles
-COUNTS = ("num_loss_tokens", "num_examples")
-LOSSES = ("loss", "perplexity")
 
 
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colours guessed, no line breaks put in."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def answers(questions: Sequence[Question], base: Sequence[str], tuned: Sequence[str], console: Console) -> None:
-    """Print held-out questions with the base's answer and the tuned one, which says whether it is as expected."""
-    if not questions:
-        return
-    table = Table(title="Held-out examples, before and after", show_lines=True, expand=True)
-    for heading, ratio in (("prompt", 2), ("base", 3), ("tuned", 3)):
-        table.add_column(heading, ratio=ratio, overflow="fold")
-    for question, before, after in zip(questions, base, tuned, strict=False):
-        right = after.strip() == question.expected.strip()
-        verdict = "\n= as expected" if right else f"\nexpected: {question.expected}"
-        table.add_row(Text(question.shown), _shortened(before), _shortened(after).append(verdict, style="dim"))
-    console.print(table)
-
-
-def scores(columns: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Print scores, one column a model."""
-    table = Table(title="Scores on held-out examples")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for metric in next(iter(columns.values())):
-        table.add_row(metric, *(figure(metric, column[metric]) for column in columns.values()))
-    console.print(table)
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a line as it is: no markup, no emoji for :a:, no colours guessed, no line breaks put in."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -82,14 +47,3 @@ def _bar(what: str, total: int | None, console: Console, *figures: ProgressColum
     with Progress(TextColumn("{task.description}"), BarColumn(), *figures, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
-
-
-def figure(metric: str, value: float) -> str:
-    """Format a score: counts whole, losses with decimals, shares in per cent."""
-    if metric in COUNTS:
-        return f"{value:,}"
-    return f"{value:.4f}" if metric in LOSSES else f"{value:.1%}"
-
-
-def _shortened(answer: str) -> Text:
-    return Text(answer if len(answer) <= LONGEST_ANSWER else answer[:LONGEST_ANSWER] + " ...")
