@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from common.errors import TwintuneError, UserError
+from common.options import SamplingOptions, take_sampling
 from common.runs.signals import LastingStream, outlive_terminal
 
 if TYPE_CHECKING:
@@ -46,11 +47,6 @@ ModelOption = Annotated[
     typer.Option("--model", metavar="M", help="Base model: folder or Hub name; else the adapter's own."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON lines on stdout.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy and deterministic.")]
-TopPOption = Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from the likeliest k tokens; 0 for all.")]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 SystemOption = Annotated[str | None, typer.Option("--system", help="System prompt.")]
 
 
@@ -134,46 +130,37 @@ def evaluate(
 
 
 @app.command(epilog='Example: twintune generate --model models/smollm2-135m-instruct --prompt "turn on the light"')
+@take_sampling
 def generate(
     prompt: Annotated[str, typer.Option(help="What the user says.")],
+    sampling: SamplingOptions,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    max_new_tokens: MaxTokensOption = 256,
-    seed: SeedOption = 0,
     engine: EngineOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Print the model's answer to a prompt as it comes."""
-    from common.sampling import Sampling
-    from common.view import talk
+    from common.talk import speaker
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    talk.answer_once(talk.open_model(model, adapter, engine, device), prompt, system, sampling)
+    speaker.answer_once(speaker.open_model(model, adapter, engine, device), prompt, system, sampling.sampling())
 
 
 @app.command(epilog="Example: twintune chat --adapter outputs/quickstart/final")
+@take_sampling
 def chat(
+    sampling: SamplingOptions,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    max_new_tokens: MaxTokensOption = 512,
-    seed: SeedOption = 0,
     engine: EngineOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends."""
-    from common.sampling import Sampling
-    from common.view import talk
+    """Talk with the model; Tab switches between base and adapter, /help tells more, Ctrl-D ends."""
+    from common.talk.chat import chat as converse
+    from common.talk.speaker import open_model
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    talk.converse(talk.open_model(model, adapter, engine, device), system, sampling)
+    converse(open_model(model, adapter, engine, device), system, sampling.sampling())
 
 
 @app.command(epilog="Example: twintune preview --config configs/quickstart.yaml -n 3")

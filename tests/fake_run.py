@@ -1,4 +1,4 @@
-"""`twintune` as a process of its own, with the engine in NumPy; the environment says how slow steps and saves are.
+"""`twintune` as a process of its own, with the engine in NumPy; the environment says how slow steps, saves, words are.
 
 Starts in half a second, and leaves the time to do something to a run in the middle of a step or a save.
 """
@@ -10,6 +10,7 @@ from fake_engine import FakeEngine
 
 import common.files
 import common.inputs
+import common.talk.speaker
 from common.cli import main
 
 
@@ -17,6 +18,11 @@ class SlowEngine(FakeEngine):
     def train_step(self, batch, learning_rate):
         time.sleep(float(os.environ.get("TEST_STEP_SECONDS", "0")))
         return super().train_step(batch, learning_rate)
+
+    def generate(self, prompts, sampling):
+        for pair in super().generate(prompts, sampling):
+            time.sleep(float(os.environ.get("TEST_TOKEN_SECONDS", "0")))
+            yield pair
 
 
 def slow_sync(path, sync=common.files.sync):
@@ -29,6 +35,7 @@ def open_slow(name, config, directory, lora):
 
 
 if __name__ == "__main__":
-    common.inputs.open_engine = open_slow
+    for module in (common.inputs, common.talk.speaker):
+        module.open_engine = open_slow
     common.files.sync = slow_sync
     main()

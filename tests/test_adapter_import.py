@@ -44,7 +44,7 @@ from common.evaluate.beside_base import evaluate_adapter
 from common.export.export import Request, export
 from common.lora import lora_a_key, magnitude_key
 from common.runs.start import is_plain_adapter
-from common.view import talk
+from common.talk import speaker as talk
 from mlx_backend.model import choose_device
 
 ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit

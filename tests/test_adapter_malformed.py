@@ -22,7 +22,7 @@ from common.engine import Array, TrainState
 from common.errors import UserError
 from common.lora import lora_a_key, lora_b_key
 from common.runs.start import read_start
-from common.view import talk
+from common.talk import speaker as talk
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = lora_a_key(MODULE), lora_b_key(MODULE)

@@ -27,8 +27,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM for the length of a run and put the old handlers back after it."""
+def stop_on_signals(*numbers: int) -> Iterator[StopRequest]:
+    """Catch signals, SIGINT and SIGTERM unless told which, for the length of a run, and put the handlers back."""
     request = StopRequest()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -39,7 +39,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python allows handlers in the main thread only
         return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handle) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
