@@ -31,7 +31,7 @@ from common.lora import (
 )
 from common.memory import process_memory
 from common.sampling import Sampling
-from mlx_backend.attention import Packing, SideBySide, separate_examples
+from mlx_backend.attention import Packing, SideBySide, reach, separate_examples
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike
 from mlx_backend.experts import expert_stacks, inject_experts
@@ -220,7 +220,10 @@ class MLXEngine:
             part["dropout_key"] = mx.random.key(seed_of(dropout_seed))
         if is_packed(rows):
             assert self._packs, "a packed batch for an engine whose config says packing: false"
-            part |= {"segment_ids": mx.array(rows.segment_ids)} if self._on_gpu else {"arrangement": SideBySide(rows)}
+            if self._on_gpu:
+                part |= {"segment_ids": mx.array(rows.segment_ids), "reach": reach(rows.segment_ids)}
+            else:
+                part["arrangement"] = SideBySide(rows)
         return part
 
 

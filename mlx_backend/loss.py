@@ -62,18 +62,19 @@ class LossFunction:
         counted: mx.array,
         dropout_key: mx.array | None = None,
         segment_ids: mx.array | None = None,
+        reach: int | None = None,
         arrangement: Arrangement | None = None,
         training: bool = True,
     ) -> mx.array:
         """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,).
 
-        Rows of several examples come with their `segment_ids` (B, T) or with a ready arrangement. A gradient can be
-        taken in `training` alone.
+        Rows of several examples come with their `segment_ids` (B, T), and a length that none exceeds, or with a ready
+        arrangement. A gradient can be taken in `training` alone.
         """
         self._adapter.bind(weights, dropout_key)
         selection = self._selection
         selection.positions, selection.leave_out = positions, self._head is not None
-        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids)):
+        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids, reach)):
             logits = self._model(token_ids)
         hidden = selection.hidden
         selection.positions, selection.leave_out, selection.hidden = None, False, None
