@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.layout import example_lengths, side_by_side
 from mlx_backend.blockwise import Sight
 from mlx_backend.long_rows import takes_sight
+from mlx_backend.streams import custom_gradient
 from mlx_backend.tree import decoder_layers, specialise
 
 ATTENTION = ("self_attn", "attention", "attn")  # mlx-lm's names of a layer's attention
@@ -111,7 +112,7 @@ class SideBySide:
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
         """Map (1, N, D) to (1, N, D)."""
-        spread = _spread(x[0], self._index, self._inverse)
+        spread = custom_gradient(_spread, _spread_gradient)(x[0], self._index, self._inverse)
         outputs, start = [], 0
         for rows, width in self._shapes:
             group = spread[start : start + rows * width].reshape(rows, width, -1)
@@ -119,7 +120,8 @@ class SideBySide:
             outputs.append(attention(group, mask[..., :width, :width] if isinstance(mask, mx.array) else mask))
             start += rows * width
         joined = mx.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
-        return _gather(joined, self._index, self._inverse, self._valid)[None]
+        gather = custom_gradient(_gather, _gather_gradient)
+        return gather(joined, self._index, self._inverse, self._valid)[None]
 
 
 class Masked:
@@ -143,27 +145,25 @@ class Masked:
         return replace(mask if isinstance(mask, Sight) else Sight(), **segments)
 
 
-@mx.custom_function
 def _spread(flat: mx.array, index: mx.array, inverse: mx.array) -> mx.array:
     """Copy rows (N, D) to their places (P, D); padding holds the last row, which nothing reads."""
     return flat[index]
 
 
-@_spread.vjp
-def _spread_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _spread_gradient(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Gather: MLX would scatter and add, several times slower, as it can't know that each row was copied once."""
     _, index, inverse = primals
     return cotangent[inverse], mx.zeros_like(index), mx.zeros_like(inverse)
 
 
-@mx.custom_function
 def _gather(spread: mx.array, index: mx.array, inverse: mx.array, valid: mx.array) -> mx.array:
     """Copy rows back from their places: (P, D) to (N, D)."""
     return spread[inverse]
 
 
-@_gather.vjp
-def _gather_vjp(
+def _gather_gradient(
     primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Spread the gradient, zero on padding."""

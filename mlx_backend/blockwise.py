@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_backend.streams import on_this_stream
+from mlx_backend.streams import custom_gradient
 
 BLOCK = 256  # positions; in long rows a sixteenth of them, as every pair is some graph nodes for the host to hold
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # small matrix products are slow; 512 x 512 scores of 24 heads are 25 MB
@@ -109,15 +109,12 @@ def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.a
     Every array comes as an argument: `mx.compile` refuses what a custom function captures.
     """
 
-    @mx.custom_function
     def attention(
         queries: mx.array, keys: mx.array, values: mx.array, arrays: Mapping[str, mx.array]
     ) -> tuple[mx.array, mx.array]:
         return _forward(queries, keys, values, _Scores.of(sight, soft_cap, arrays), arrays.get("sinks"))
 
-    @attention.vjp
-    @on_this_stream
-    def attention_vjp(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
+    def attention_gradient(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
         queries, keys, values, arrays = primals
         out, logs = outputs
         delta = (cotangents[0].astype(mx.float32) * out).sum(axis=-1, keepdims=True)
@@ -127,7 +124,7 @@ def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.a
         scores = _Scores.of(sight, soft_cap, arrays)
         return *_backward(queries, keys, values, scores, cotangents[0], logs, delta), gradients
 
-    return attention
+    return custom_gradient(attention, attention_gradient)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,16 @@ def on_this_stream(function: Callable) -> Callable:
     return pinned
 
 
+def custom_gradient(function: Callable, gradient: Callable) -> Callable:
+    """Return MLX's custom function of a function and its gradient, which runs on the stream that is current now.
+
+    `gradient` takes primals, cotangents and outputs. To be made anew for each call: see `on_this_stream`.
+    """
+    custom = mx.custom_function(function)
+    custom.vjp(on_this_stream(gradient))
+    return custom
+
+
 class Streams:
     """Deal the rows of a micro-batch out to the device's streams."""
 
