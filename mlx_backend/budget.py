@@ -38,11 +38,14 @@ class Limits:
     def __init__(self, device: str) -> None:
         """Set the limits; the cache counts within them."""
         on_gpu = choose_device(device).type == mx.gpu
-        held = mx.get_active_memory() if not mx.metal.is_available() or not on_gpu else 0
+        on_mac = on_gpu and mx.metal.is_available()
+        held = 0 if on_mac else mx.get_active_memory()  # a Mac tells what there is, others what is left
         limit = held + int(SHARE * device_memory(device).free_bytes)
         self._memory = mx.set_memory_limit(limit)
         self._cache = mx.set_cache_limit(limit)
-        self._wired = maybe_set_recommended_wired_limit() if on_gpu else None
+        if self._cache < limit:
+            mx.set_cache_limit(self._cache)  # 32 MB on a CPU, where more gained no time
+        self._wired = maybe_set_recommended_wired_limit() if on_mac else None
 
     def restore(self) -> None:
         """Set the limits back to what they were; the device has to be idle."""
