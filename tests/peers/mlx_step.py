@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from common.batches import BatchPlan
-from common.bench import WARM_UP, measure
 from common.config import TrainConfig, load_config
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset
@@ -57,9 +57,9 @@ SETTINGS: dict[str, list[str]] = {
     "packed": ["packing=true"],
 }
 TRAINERS = ("mlx-lm", "twintune")
+UNTIMED = 3  # steps that warm up
 EXAMPLE = 45, 81  # tokens of an example where rows are packed
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SHORTEST = 1024  # where the search for the longest row begins
 
 
 def main() -> None:
@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--rows", type=int, default=1, help="of a step")
     parser.add_argument("--lengths", nargs="+", type=int, help="of a row, in tokens")
-    parser.add_argument("--longest", type=float, metavar="GB", help="search the longest row that fits")
+    parser.add_argument(
+        "--longest", type=float, metavar="GB", help="search the longest row that fits, from --lengths on"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -82,15 +84,21 @@ def main() -> None:
         base = SMOLLM2 if quick else Path(folder)
         if not quick:
             in_a_process(job="write", base=folder, shape=SHAPES[options.shape])
+        settings = options.settings or (["packed"] if quick else list(SETTINGS))
+        jobs = [
+            {"job": trainer, "base": str(base), "setting": setting, "rows": options.rows, "length": length}
+            for setting in settings
+            for length in options.lengths or [512 if quick else 2048]
+            for trainer in options.trainers
+        ]
+        if options.longest:
+            for job in jobs:
+                show_longest(job, options.longest)
+            return
         print(f"{'setting':24}{'rows':>12}  {'trainer':9}{'step s':>8}{'tokens/s':>10}{'supervised/s':>13}", end="")
         print(f"{'MLX GB':>8}{'process GB':>12}")
-        for setting in options.settings or (["packed"] if quick else list(SETTINGS)):
-            for length in options.lengths or [512 if quick else 2048]:
-                for trainer in options.trainers:
-                    job = {"job": trainer, "base": str(base), "setting": setting, "rows": options.rows}
-                    show_longest(job, options.longest) if options.longest else show(
-                        job | {"length": length, "steps": options.steps}
-                    )
+        for job in jobs:
+            show(job | {"steps": options.steps})
 
 
 def in_a_process(**job: Any) -> dict[str, Any]:
@@ -115,10 +123,10 @@ def show(job: dict[str, Any]) -> None:
 
 
 def show_longest(job: dict[str, Any], limit: float) -> None:
-    """Double the length until it fails or needs more than a limit in GB, then halve the gap twice."""
-    fits, fails, length = 0, 0, SHORTEST
+    """Double the length until it fails or needs more than a limit in GB, then halve the gap to a quarter."""
+    fits, fails, length = 0, 0, job["length"]
     while not fails or fails - fits > fits // 4:
-        figures = in_a_process(**job, length=length, steps=1)
+        figures = in_a_process(**job | {"length": length, "steps": 1})
         if figures.get("mlx_bytes", 1e30) <= limit * 1e9:
             fits = length
         else:
@@ -141,7 +149,7 @@ def run(job: str, base: str, shape: dict[str, int] | None = None, **how: Any) ->
     if base == str(SMOLLM2):
         data, _ = load_dataset(str(ROOT / "configs/quickstart/train.jsonl"), config, ChatTokenizer(SMOLLM2))
     else:
-        data = random_data(rows * (steps + WARM_UP), length, config.packing)
+        data = random_data(rows * (UNTIMED + steps), length, config.packing)
     figures = ours(Path(base), config, data, steps) if job == "twintune" else theirs(Path(base), config, data, steps)
     import mlx.core as mx
 
@@ -176,14 +184,33 @@ def random_data(rows: int, length: int, packed: bool) -> TokenDataset:
 
 
 def ours(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> dict[str, Any]:
-    """Time what `twintune bench` times."""
+    """Run steps one by one, as mlx-lm's trainer does; `train` itself launches one ahead."""
     engine = open_engine("mlx", config, base, config.lora)
     import mlx.core as mx
 
     engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), config.seed)))
     mx.clear_cache()
     mx.reset_peak_memory()
-    return measure(engine, BatchPlan.of(data, config), steps, config.learning_rate)
+    plan = BatchPlan.of(data, config)
+    seconds: list[float] = []
+    counts: list[tuple[int, int]] = []
+    for step in range(1, UNTIMED + steps + 1):
+        began = time.perf_counter()
+        batch = plan.step_batch(step)
+        engine.fetch(engine.train_step(batch, config.learning_rate))
+        seconds.append(time.perf_counter() - began)
+        counts.append((batch.num_tokens, batch.num_loss_tokens))
+    return rates(seconds, counts, steps)
+
+
+def rates(seconds: list[float], counts: list[tuple[int, int]], steps: int) -> dict[str, float]:
+    """Put together the seconds, tokens and supervised tokens of the steps that count."""
+    seconds, counts = seconds[UNTIMED:], counts[UNTIMED : UNTIMED + steps]
+    return {
+        "step_seconds": statistics.median(seconds),
+        "tokens_per_second": sum(tokens for tokens, _ in counts) / sum(seconds),
+        "supervised_tokens_per_second": sum(supervised for _, supervised in counts) / sum(seconds),
+    }
 
 
 def theirs(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> dict[str, Any]:
@@ -229,7 +256,7 @@ def theirs(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> d
     with tempfile.TemporaryDirectory() as folder:
         arguments = trainer.TrainingArgs(
             batch_size=rows,
-            iters=steps + WARM_UP,
+            iters=UNTIMED + steps,
             steps_per_report=1,
             max_seq_length=config.max_seq_length + 1,
             adapter_file=f"{folder}/adapters.safetensors",
@@ -237,12 +264,7 @@ def theirs(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> d
         )
         optimizer = optimizers.AdamW(learning_rate=config.learning_rate)
         trainer.train(model, optimizer, examples, args=arguments, iterate_batches=batches, training_callback=Watch())
-    seconds, counts = seconds[WARM_UP:], counts[WARM_UP : WARM_UP + steps]
-    return {
-        "step_seconds": statistics.median(seconds),
-        "tokens_per_second": sum(tokens for tokens, _ in counts) / sum(seconds),
-        "supervised_tokens_per_second": sum(supervised for _, supervised in counts) / sum(seconds),
-    }
+    return rates(seconds, counts, steps)
 
 
 if __name__ == "__main__":
