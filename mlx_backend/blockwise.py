@@ -139,9 +139,11 @@ class _Scores:
         masks = {name: arrays.get(name) for name in ("segment_ids", "allowed")}
         return cls(replace(sight, **masks), soft_cap)
 
-    def __call__(self, queries: mx.array, keys: mx.array, rows: slice, columns: slice) -> tuple[mx.array, Any]:
-        """Return scores (B, H_kv, G * rows, columns) in float32, and the soft cap's derivative or 1."""
-        scores, slope = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32), 1.0
+    def __call__(
+        self, queries: mx.array, keys: mx.array, rows: slice, columns: slice
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return scores (B, H_kv, G * rows, columns) in float32, and the derivative of the soft cap if there is one."""
+        scores, slope = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32), None
         if self.soft_cap is not None:
             bent = mx.tanh(scores / self.soft_cap)
             scores, slope = self.soft_cap * bent, 1 - mx.square(bent)
@@ -215,7 +217,8 @@ def _backward(
             key, value, place = keys[:, :, columns], values[:, :, columns], columns.start
             block, slope = scores(query, key, rows, columns)
             probabilities = mx.exp(block - log)
-            d_scores = probabilities * (d_part @ value.swapaxes(-1, -2) - part_delta) * slope
+            d_scores = probabilities * (d_part @ value.swapaxes(-1, -2) - part_delta)
+            d_scores = d_scores if slope is None else d_scores * slope
             probabilities, d_scores = probabilities.astype(value.dtype), d_scores.astype(key.dtype)
             d_query = d_query + (d_scores @ key).astype(mx.float32)
             d_keys[place] = d_keys.get(place, 0) + (d_scores.swapaxes(-1, -2) @ query).astype(mx.float32)

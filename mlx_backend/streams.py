@@ -24,8 +24,8 @@ from mlx_backend.blas import set_blas_threads
 def on_this_stream(function: Callable) -> Callable:
     """Let a function run on the stream that is current now.
 
-    MLX derives an operation's gradient on the operation's stream, but runs the gradient of a custom function, written
-    in Python, on whichever is current when gradients are taken: the default one, for all groups of rows.
+    MLX derives an operation's gradient on the operation's stream. But what it calls back when gradients are taken, a
+    custom function's gradient or a checkpointed function once more, would run on the default one for all rows.
     """
     stream = mx.default_stream(mx.default_device())
 

@@ -176,7 +176,8 @@ def test_every_architecture_trains_alike_with_long_and_with_short_rows(family, p
     for long in (10**6, 4):
         for module in ("long_rows", "amend"):
             monkeypatch.setattr(f"mlx_backend.{module}.LONG", long)
-        engine = open_fresh("mlx", base, packing=packing, max_grad_norm=0, max_seq_length=longest)
+        settings = {"packing": packing, "gradient_checkpointing": packing and long == 4, "max_seq_length": longest}
+        engine = open_fresh("mlx", base, max_grad_norm=0, **settings)
         rng = np.random.default_rng(1)
         shapes = engine.adapter_shapes().items()
         engine.load_state(TrainState.fresh({key: rng.normal(0, 0.1, of).astype(np.float32) for key, of in shapes}))
@@ -215,7 +216,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(mask, lengths, mon
         mx.eval(mx.value_and_grad(lambda *each: attend(*each, None, 1.0, mask).sum(), argnums=[0, 1, 2])(q, k, v))
         peaks.append((mx.get_peak_memory() - before) / 1e6)
     print(mask, [f"{1024 * each}: {peak:.2f} MB" for each, peak in zip(lengths, peaks, strict=True)])
-    same_blocks = slice(None, -1) if mask == "causal" else slice(None)  # from 8,192 on they are larger
-    slope, start = np.polyfit(lengths[same_blocks], peaks[same_blocks], 1)
-    np.testing.assert_allclose(peaks[same_blocks], np.polyval([slope, start], lengths[same_blocks]), rtol=0.1)
+    # How far the host runs ahead of a busy CPU moves a peak by some blocks; L x L would make the power 2.
+    power, _ = np.polyfit(np.log(lengths), np.log(peaks), 1)
+    assert power < 1.1
     assert peaks[-1] < 0.05 * 4e-6 * (1024 * lengths[-1]) ** 2  # one L x L in float32
