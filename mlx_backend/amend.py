@@ -1,8 +1,9 @@
 """What a checkpoint's config asks for and mlx-lm's code of its architecture leaves out, put in after loading.
 
-Sliding windows (mlx-lm lets every layer of Mistral, Gemma 2 and Phi 3 see all tokens), Gemma 2's padded batches,
-Gemma 3's embedding scale (rounded to bfloat16 whatever the dtype) and YaRN's unrounded range (GPT-OSS). Each single
-instance gets a method of its own (`specialise`) or another table of frequencies; no architecture is written again.
+Sliding windows (mlx-lm lets every layer of Mistral, Gemma 2 and Phi 3 see all tokens), Gemma 2's padded batches and
+long rows, Gemma 3's embedding scale (rounded to bfloat16 whatever the dtype) and YaRN's unrounded range (GPT-OSS). Each
+single instance gets a method of its own (`specialise`) or another table of frequencies; of an architecture nothing is
+written again but the few lines of Gemma 2's attention.
 The cost of the windows: a cache keeps all tokens of a sliding layer in generation, masked, where mlx-lm's own sliding
 layers forget them.
 """
@@ -16,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import YarnRoPE
 
+from mlx_backend.blockwise import Sight
 from mlx_backend.dialect import layer_windows
+from mlx_backend.long_rows import LONG, attend, attention_mask
 from mlx_backend.tree import decoder_layers, specialise
 
 
@@ -30,7 +32,7 @@ def amend(model: nn.Module, config: Mapping[str, Any], dtype: mx.Dtype) -> None:
         _see_window(decoder_layers(model)[number], window)
     if text["model_type"] == "gemma2":
         for layer in decoder_layers(model):
-            _mask_each_row(layer.self_attn)
+            _cap_blockwise(layer.self_attn)
     if text["model_type"] == "gemma3_text":
         _scale_exactly(model, text["hidden_size"], dtype)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -44,20 +46,37 @@ def _see_window(layer: nn.Module, window: int) -> None:
 
     def windowed(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         as_array = isinstance(mask, mx.array)
-        return original(self, x, create_attention_mask(x, cache, window, return_array=as_array), cache)
+        return original(self, x, attention_mask(x, cache, window, return_array=as_array), cache)
 
     specialise(layer, "__call__", windowed)
 
 
-def _mask_each_row(attention: nn.Module) -> None:
-    """Give a padded batch's mask (B, 1, L, S) an axis for the groups that Gemma 2's scores have, where B would fall."""
+def _cap_blockwise(attention: nn.Module) -> None:
+    """Let Gemma 2's attention, which mlx-lm writes out with all its scores, go blockwise in long rows.
+
+    In short ones, and with a cache, it stays; a padded batch's mask (B, 1, L, S) gets an axis for the groups that its
+    scores have, where B would fall.
+    """
     original = type(attention).__call__
 
-    def grouped(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        each_row = isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1
-        return original(self, x, mask[:, :, None] if each_row else mask, cache)
+    def capped(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if cache is not None or (x.shape[1] <= LONG and not isinstance(mask, Sight)):
+            each_row = isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1
+            return original(self, x, mask[:, :, None] if each_row else mask, cache)
+        queries, keys, values = (
+            module(x).reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+            for module, heads in (
+                (self.q_proj, self.n_heads),
+                (self.k_proj, self.n_kv_heads),
+                (self.v_proj, self.n_kv_heads),
+            )
+        )
+        sight = mask if isinstance(mask, Sight) else Sight()  # an array is Gemma 2's causal mask, never computed so
+        cap = self.attn_logit_softcapping
+        out = attend(self.rope(queries), self.rope(keys), values, None, self.scale, sight, soft_cap=cap)
+        return self.o_proj(out.swapaxes(1, 2).flatten(2))
 
-    specialise(attention, "__call__", grouped)
+    specialise(attention, "__call__", capped)
 
 
 def _scale_exactly(model: nn.Module, hidden_size: int, dtype: mx.Dtype) -> None:

@@ -4,7 +4,8 @@ The hook is around a layer's whole attention module, so no architecture is writt
 of a row are laid side by side for the module, as rows padded to a like length, and end to end again after it:
 positions restart, nothing is computed across examples, and only the projections see a little padding. On a GPU
 every row goes through the module with a block-diagonal mask, so that shapes stay few for `mx.compile`; positions do
-not restart there, which rotary embeddings, being relative, do not feel.
+not restart there, which rotary embeddings, being relative, do not feel. What lies outside the mask costs little where
+long rows go blockwise (mlx_backend/long_rows.py): blocks further apart than the longest example are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +21,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from common.engine import MicroBatch
+from common.engine import Array, MicroBatch
 from common.errors import UserError
 from common.layout import example_lengths, side_by_side
+from mlx_backend.blockwise import Sight
+from mlx_backend.long_rows import takes_sight
+from mlx_backend.streams import custom_gradient
 from mlx_backend.tree import decoder_layers, specialise
 
 ATTENTION = ("self_attn", "attention", "attn")  # mlx-lm's names of a layer's attention
@@ -70,15 +75,26 @@ def separate_examples(model: nn.Module, model_dir: Path) -> Packing:
 
 
 def _hook(attention: nn.Module, packing: Packing) -> None:
-    original = type(attention).__call__
+    original, sees = type(attention).__call__, takes_sight(attention)
 
     def separated(self: nn.Module, x: mx.array, mask: Any = None, *args: Any, **kwargs: Any) -> mx.array:
         if packing.arrangement is None:
             return original(self, x, mask, *args, **kwargs)
+
         # In training there is no cache, the only other thing that layers hand to their attention.
-        return packing.arrangement.attend(lambda x, mask: original(self, x, mask), x, mask)
+        def whole(x: mx.array, mask: Any) -> mx.array:
+            needs_array = isinstance(mask, Sight) and not sees
+            return original(self, x, mask.dense(x.shape[1])[0, 0] if needs_array else mask)
+
+        return packing.arrangement.attend(whole, x, mask)
 
     specialise(attention, "__call__", separated)
+
+
+def reach(segment_ids: Array) -> int:
+    """Return a length that no example of rows (B, T) exceeds, a power of two: `mx.compile` traces a graph for each."""
+    longest = max(int(np.bincount(row[row > 0], minlength=2).max()) for row in segment_ids)
+    return 1 << (longest - 1).bit_length()
 
 
 class SideBySide:
@@ -96,7 +112,7 @@ class SideBySide:
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
         """Map (1, N, D) to (1, N, D)."""
-        spread = _spread(x[0], self._index, self._inverse)
+        spread = custom_gradient(_spread, _spread_gradient)(x[0], self._index, self._inverse)
         outputs, start = [], 0
         for rows, width in self._shapes:
             group = spread[start : start + rows * width].reshape(rows, width, -1)
@@ -104,44 +120,50 @@ class SideBySide:
             outputs.append(attention(group, mask[..., :width, :width] if isinstance(mask, mx.array) else mask))
             start += rows * width
         joined = mx.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
-        return _gather(joined, self._index, self._inverse, self._valid)[None]
+        gather = custom_gradient(_gather, _gather_gradient)
+        return gather(joined, self._index, self._inverse, self._valid)[None]
 
 
 class Masked:
     """Keep the examples of rows (B, T) apart by a block-diagonal mask."""
 
-    def __init__(self, segment_ids: mx.array) -> None:
-        position = mx.arange(segment_ids.shape[1])
-        self._same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (position[:, None] >= position[None, :])
+    def __init__(self, segment_ids: mx.array, reach: int | None = None) -> None:
+        """Take the number of each position's example, and a length that no example exceeds, if known."""
+        self._segment_ids = segment_ids
+        self._reach = reach
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array, mask: Any) -> mx.array:
-        """Map (B, T, D) to (B, T, D), row by row: a mask of two axes is what every architecture takes."""
+        """Map (B, T, D) to (B, T, D), row by row: masks without an axis of rows are what every architecture takes."""
         # By index: to iterate over an array is what mx.compile can't trace ("_Map_base::at").
-        masks = [self._same[b] & mask if isinstance(mask, mx.array) else self._same[b] for b in range(len(x))]
-        return mx.concatenate([attention(x[b : b + 1], masks[b]) for b in range(len(x))])
+        return mx.concatenate([attention(x[b : b + 1], self._sight(b, mask)) for b in range(len(x))])
+
+    def _sight(self, row: int, mask: Any) -> Sight:
+        """Describe what the positions of one row see."""
+        segments = {"segment_ids": self._segment_ids[row : row + 1], "reach": self._reach}
+        if isinstance(mask, mx.array):
+            return Sight(allowed=mask, **segments)
+        return replace(mask if isinstance(mask, Sight) else Sight(), **segments)
 
 
-@mx.custom_function
 def _spread(flat: mx.array, index: mx.array, inverse: mx.array) -> mx.array:
     """Copy rows (N, D) to their places (P, D); padding holds the last row, which nothing reads."""
     return flat[index]
 
 
-@_spread.vjp
-def _spread_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _spread_gradient(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Gather: MLX would scatter and add, several times slower, as it can't know that each row was copied once."""
     _, index, inverse = primals
     return cotangent[inverse], mx.zeros_like(index), mx.zeros_like(inverse)
 
 
-@mx.custom_function
 def _gather(spread: mx.array, index: mx.array, inverse: mx.array, valid: mx.array) -> mx.array:
     """Copy rows back from their places: (P, D) to (N, D)."""
     return spread[inverse]
 
 
-@_gather.vjp
-def _gather_vjp(
+def _gather_gradient(
     primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Spread the gradient, zero on padding."""

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_backend.attention import Packing
 from mlx_backend.lora import dropout_keys, set_dropout_keys
+from mlx_backend.streams import on_this_stream
 from mlx_backend.tree import decoder_layers, specialise
 
 
@@ -22,6 +23,7 @@ def checkpoint_layers(model: nn.Module, packing: Packing) -> None:
             # By the time of the backward pass both are those of another group of rows.
             keys, arrangement = dropout_keys(self), packing.arrangement
 
+            @on_this_stream
             def run(weights: dict, *args: Any, **kwargs: Any) -> Any:
                 self.update(weights)
                 set_dropout_keys(self, keys)

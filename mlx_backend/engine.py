@@ -31,7 +31,8 @@ from common.lora import (
 )
 from common.memory import process_memory
 from common.sampling import Sampling
-from mlx_backend.attention import Packing, SideBySide, separate_examples
+from mlx_backend.attention import Packing, SideBySide, reach, separate_examples
+from mlx_backend.budget import Limits
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike
 from mlx_backend.experts import expert_stacks, inject_experts
@@ -73,6 +74,7 @@ class MLXEngine:
         self.device = _describe(on_gpu)
         self.versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
         self._on_gpu = on_gpu
+        self._limits = Limits(config.device)
         self._streams = Streams(device)
         self._seed = config.seed
         self._dropout = lora.lora_dropout if lora else 0.0
@@ -176,7 +178,9 @@ class MLXEngine:
     def close(self) -> None:
         """Release the model and the device's memory."""
         del self._model, self._loss, self._adapter, self._micro_gradient, self._evaluate
+        mx.synchronize()
         mx.clear_cache()
+        self._limits.restore()
 
     def _inject(self, model_dir: Path, lora: LoraConfig | None) -> tuple[list[str], Adapter]:
         if lora is None:
@@ -220,7 +224,10 @@ class MLXEngine:
             part["dropout_key"] = mx.random.key(seed_of(dropout_seed))
         if is_packed(rows):
             assert self._packs, "a packed batch for an engine whose config says packing: false"
-            part |= {"segment_ids": mx.array(rows.segment_ids)} if self._on_gpu else {"arrangement": SideBySide(rows)}
+            if self._on_gpu:
+                part |= {"segment_ids": mx.array(rows.segment_ids), "reach": reach(rows.segment_ids)}
+            else:
+                part["arrangement"] = SideBySide(rows)
         return part
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_backend.nf4 import Format, Scales, dequantize, quantize
+from mlx_backend.streams import custom_gradient
 
 Unpack = Callable[..., mx.array]
 Multiply = Callable[..., mx.array]
@@ -26,17 +27,15 @@ def recomputed_product(unpack: Unpack) -> Multiply:
     the result in between.
     """
 
-    @mx.custom_function
     def product(x: mx.array, *packed: mx.array) -> mx.array:
         return x @ unpack(*mx.depends(packed, x)).T
 
-    @product.vjp
-    def product_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def product_gradient(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *packed = primals
         gradient = (cotangent @ unpack(*mx.depends(packed, cotangent))).astype(x.dtype)
         return gradient, *(mx.zeros_like(each) for each in packed)
 
-    return product
+    return lambda x, *packed: custom_gradient(product, product_gradient)(x, *packed)
 
 
 class FourBitLinear(nn.Module):

@@ -7,7 +7,7 @@ cap, which is measured on a few tokens, the head can be left out and its loss co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import mlx.nn as nn
 from common.errors import UserError
 from common.logits import PROBED_TOKENS, AfterHead, agrees, candidates
 from mlx_backend.frozen import FourBitLinear
-from mlx_backend.lora import LoRALinear
+from mlx_backend.lora import LoRALinear, logical_shape
 from mlx_backend.tree import specialise
 
 
@@ -25,6 +25,7 @@ class HeadSelection:
     """Say which positions of (B * T) the head computes logits for; None means all."""
 
     def __init__(self) -> None:
+        self.multiply: Callable[[nn.Module, mx.array], mx.array]  # what the head's module did before
         self.positions: mx.array | None = None
         self.hidden: mx.array | None = None  # (N, D), what the head saw or would have seen
         self.leave_out = False  # whether the head gives its input back; what follows it then means nothing
@@ -37,20 +38,29 @@ class HeadSelection:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold a frozen head, `hidden weight^T + bias`, and what follows it."""
+    """Hold a frozen head, its matrix dense or packed, and what follows it."""
 
-    weight: mx.array  # (V, D)
-    bias: mx.array | None
+    module: nn.Module
+    multiply: Callable[[nn.Module, mx.array], mx.array]
+    vocabulary: int
     after: AfterHead
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """Give what `output` takes beside hidden states."""
+        return self.module.parameters()
+
+    def output(self, hidden: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
+        """Multiply hidden states (N, D) by the head, whose arrays come as an argument: (N, V)."""
+        own = self.arrays
+        self.module.update(arrays)
+        output = self.multiply(self.module, hidden)
+        self.module.update(own)
+        return output
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Compute logits (N, V) as float32 for hidden states (N, D)."""
-        return finished(head_output(hidden, self.weight, self.bias), self.after)
-
-
-def head_output(hidden: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """Multiply hidden states (N, D) by a head."""
-    return hidden @ weight.T if bias is None else mx.addmm(bias, hidden, weight.T)
+        return finished(self.output(hidden, self.arrays), self.after)
 
 
 def finished(output: mx.array, after: AfterHead) -> mx.array:
@@ -66,7 +76,7 @@ def select_at_head(model: nn.Module) -> HeadSelection:
     selection = HeadSelection()
     _, head = output_head(model)
     method = "as_linear" if isinstance(head, nn.Embedding | nn.QuantizedEmbedding) else "__call__"
-    original = getattr(type(head), method)
+    selection.multiply = original = getattr(type(head), method)
 
     def with_selection(self: nn.Module, hidden: mx.array) -> mx.array:
         rows = selection.apply(hidden)
@@ -77,18 +87,18 @@ def select_at_head(model: nn.Module) -> HeadSelection:
 
 
 def find_head(model: nn.Module, selection: HeadSelection, config: Mapping[str, Any], dtype: str) -> Head | None:
-    """Describe the head of a model if it is a frozen matrix whose logits this can reproduce; else None."""
+    """Describe the head of a model if it is frozen and its logits can be reproduced; else None."""
     _, module = output_head(model)
-    if not isinstance(module, nn.Linear | nn.Embedding) or module.trainable_parameters():
-        return None  # it is trained, or quantised
-    weight, bias = module.weight, module.get("bias")
-    logits = model(mx.arange(PROBED_TOKENS)[None] % len(weight)).astype(mx.float32)[0]
+    if isinstance(module, LoRALinear) or module.trainable_parameters():
+        return None
+    vocabulary = logical_shape(module)[0]
+    logits = model(mx.arange(PROBED_TOKENS)[None] % vocabulary).astype(mx.float32)[0]
     hidden, selection.hidden = selection.hidden, None
     assert hidden is not None, "the head was not called"
     for after in candidates(config):
-        difference = mx.abs(Head(weight, bias, after)(hidden[0]) - logits).max()
-        if agrees(difference.item(), mx.abs(logits).max().item(), dtype):
-            return Head(weight, bias, after)
+        head = Head(module, selection.multiply, vocabulary, after)
+        if agrees(mx.abs(head(hidden[0]) - logits).max().item(), mx.abs(logits).max().item(), dtype):
+            return head
     return None
 
 

@@ -2,9 +2,9 @@
 
 Where the head is frozen its gradient isn't wanted, so one pass computes loss and gradient of the hidden states
 together, a chunk of rows at a time, each in its turn; what MLX derives by itself keeps four arrays the size of all
-logits, 17 GB for a 3B and 8,192 positions. It is exact: no gradient is left out. A head that is trained, or quantised,
-takes the plain way. MLX's sums on a CPU run in one float32 accumulator, which is off by 5e-5 over a vocabulary of
-49,152 (measured); long sums are taken in two levels here.
+logits, 17 GB for a 3B and 8,192 positions. It is exact: no gradient is left out. A head that is trained takes the plain
+way. MLX's sums on a CPU run in one float32 accumulator, which is off by 5e-5 over a vocabulary of 49,152 (measured);
+long sums are taken in two levels here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from common.flat import FlatLayout
 from common.logits import AfterHead
 from mlx_backend.attention import Arrangement, Masked, Packing
-from mlx_backend.head import Head, HeadSelection, finished, head_output
+from mlx_backend.head import Head, HeadSelection, finished
 from mlx_backend.lora import Adapter
+from mlx_backend.streams import custom_gradient
 
 CHUNK_BYTES = 2**28  # of float32 logits
 
@@ -36,11 +38,11 @@ class LossFunction:
         adapter: Adapter,
         layout: FlatLayout,
     ) -> None:
-        """Take the frozen head, or None for one that is trained or quantised."""
+        """Take the frozen head, or None for one that is trained."""
         self._model = model
         self._selection = selection
         self._head = head
-        self._head_loss = frozen_head_loss(head.after) if head else None
+        self._head_loss = frozen_head_loss(head) if head else None
         self._packing = packing
         self._adapter = adapter
         self._layout = layout
@@ -62,18 +64,19 @@ class LossFunction:
         counted: mx.array,
         dropout_key: mx.array | None = None,
         segment_ids: mx.array | None = None,
+        reach: int | None = None,
         arrangement: Arrangement | None = None,
         training: bool = True,
     ) -> mx.array:
         """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,).
 
-        Rows of several examples come with their `segment_ids` (B, T) or with a ready arrangement. A gradient can be
-        taken in `training` alone.
+        Rows of several examples come with their `segment_ids` (B, T), and a length that none exceeds, or with a ready
+        arrangement. A gradient can be taken in `training` alone.
         """
         self._adapter.bind(weights, dropout_key)
         selection = self._selection
         selection.positions, selection.leave_out = positions, self._head is not None
-        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids)):
+        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids, reach)):
             logits = self._model(token_ids)
         hidden = selection.hidden
         selection.positions, selection.leave_out, selection.hidden = None, False, None
@@ -81,52 +84,49 @@ class LossFunction:
             return (cross_entropy(logits.astype(mx.float32), targets) * counted).sum()
         if not training:
             return loss_alone(hidden, targets, counted, self._head)
-        matrix = [self._head.weight] if self._head.bias is None else [self._head.weight, self._head.bias]
-        return self._head_loss(hidden, targets, counted, *matrix)[0]
+        return self._head_loss(hidden, targets, counted, self._head.arrays)[0]
 
 
-def frozen_head_loss(after: AfterHead) -> Callable[..., tuple[mx.array, mx.array]]:
-    """Return f(hidden (N, D), targets (N,), counted (N,), weight, [bias]) -> loss in nats, gradient of hidden (N, D).
+def frozen_head_loss(head: Head) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Return f(hidden (N, D), targets (N,), counted (N,), head's arrays) -> loss in nats, gradient of hidden (N, D).
 
     Each chunk depends on loss and gradient of the one before, lest the temporaries of all live at once.
     """
 
-    @mx.custom_function
     def head_loss(
-        hidden: mx.array, targets: mx.array, counted: mx.array, weight: mx.array, *bias: mx.array
+        hidden: mx.array, targets: mx.array, counted: mx.array, arrays: Mapping[str, mx.array]
     ) -> tuple[mx.array, mx.array]:
+        def output(chunk: mx.array) -> mx.array:
+            return head.output(chunk, arrays)
+
         loss, gradients = mx.array(0.0), []
-        for part in chunks(hidden, weight):
+        for part in chunks(hidden, head):
             chunk = mx.depends(hidden[part], [loss, gradients[-1]]) if gradients else hidden[part]
-            output = head_output(chunk, weight, bias[0] if bias else None)
-            part_loss, error = softmax_error(output, targets[part], counted[part], after)
+            part_loss, error = softmax_error(output(chunk), targets[part], counted[part], head.after)
             loss = loss + part_loss
-            gradients.append(error @ weight)
+            gradients += mx.vjp(output, [chunk], [error])[1]
         return loss, mx.concatenate(gradients) if len(gradients) > 1 else gradients[0]
 
-    @head_loss.vjp
-    def head_loss_vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
+    def head_gradient(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
         gradient = outputs[1]
-        zeros = (mx.zeros_like(each) for each in primals[1:])
-        return (gradient * cotangents[0].astype(gradient.dtype), *zeros)
+        hidden = gradient * cotangents[0].astype(gradient.dtype)
+        return hidden, *tree_map(mx.zeros_like, primals[1:])
 
-    return head_loss
+    return lambda *inputs: custom_gradient(head_loss, head_gradient)(*inputs)
 
 
 def loss_alone(hidden: mx.array, targets: mx.array, counted: mx.array, head: Head) -> mx.array:
     """Return the loss in nats of hidden states (N, D), a chunk after the other."""
     loss = mx.array(0.0)
-    for part in chunks(hidden, head.weight):
-        output = head_output(mx.depends(hidden[part], loss), head.weight, head.bias)
+    for part in chunks(hidden, head):
+        output = head.output(mx.depends(hidden[part], loss), head.arrays)
         loss = loss + softmax_error(output, targets[part], counted[part], head.after)[0]
     return loss
 
 
-def chunks(hidden: mx.array, weight: mx.array) -> Iterator[slice]:
+def chunks(hidden: mx.array, head: Head) -> Iterator[slice]:
     """Yield the rows (N, D) whose float32 logits fill a chunk."""
-    rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+    rows = max(1, CHUNK_BYTES // (4 * head.vocabulary))
     for start in range(0, len(hidden), rows):
         yield slice(start, start + rows)
 

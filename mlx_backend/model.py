@@ -16,6 +16,7 @@ from common.errors import MachineError, UserError
 from mlx_backend.amend import amend
 from mlx_backend.dialect import translated
 from mlx_backend.head import output_head
+from mlx_backend.long_rows import lighten_attention
 from mlx_backend.names import routers
 from mlx_backend.products import choose_products
 from mlx_backend.quantize import quantize_layers, set_dtype
@@ -59,6 +60,7 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> 
             f"{directory}: the MLX engine can't load this model (model_type {config['model_type']}): {reason}"
         ) from None
     set_dtype(model, DTYPES[dtype])
+    lighten_attention(model)
     amend(model, config, DTYPES[dtype])
     if quantization.way and stored_format(config) is None:
         quantize_layers(model, quantization, {output_head(model)[0], *routers(model)})

@@ -8,9 +8,9 @@ stream, and this file does nothing there.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,32 @@ from common.cpus import available_cpus
 from common.engine import MicroBatch
 from common.layout import end_to_end, is_packed, split_by_length
 from mlx_backend.blas import set_blas_threads
+
+
+def on_this_stream(function: Callable) -> Callable:
+    """Let a function run on the stream that is current now.
+
+    MLX derives an operation's gradient on the operation's stream. But what it calls back when gradients are taken, a
+    custom function's gradient or a checkpointed function once more, would run on the default one for all rows.
+    """
+    stream = mx.default_stream(mx.default_device())
+
+    @functools.wraps(function)
+    def pinned(*args: Any, **kwargs: Any) -> Any:
+        with mx.stream(stream):
+            return function(*args, **kwargs)
+
+    return pinned
+
+
+def custom_gradient(function: Callable, gradient: Callable) -> Callable:
+    """Return MLX's custom function of a function and its gradient, which runs on the stream that is current now.
+
+    `gradient` takes primals, cotangents and outputs. To be made anew for each call: see `on_this_stream`.
+    """
+    custom = mx.custom_function(function)
+    custom.vjp(on_this_stream(gradient))
+    return custom
 
 
 class Streams:
@@ -44,7 +70,7 @@ class Streams:
         for stream, part in zip(self._streams, parts, strict=False):  # a batch may have fewer rows than there are cores
             with mx.stream(stream):
                 totals.append(function(**part))
-        return reduce(operator.add, totals)
+        return functools.reduce(operator.add, totals)
 
     def rejoin(self) -> None:
         """Give matmuls all cores again, for generation: it reads all weights for each token and gains nothing here."""

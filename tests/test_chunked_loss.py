@@ -3,20 +3,25 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from engines import make_batches, open_fresh
-from tiny_models import write_family
+from tiny_models import write_family, write_llama
 
 import mlx_backend.loss
 from common.batches import BatchPlan
 from common.config import LoraConfig
+from common.engine import TrainState
+from common.initial import initial_weights
 from common.logits import AfterHead
 from common.trainer import total_loss
-from mlx_backend.head import Head, find_head
+from mlx_backend.convert import quantize_folder
+from mlx_backend.frozen import FourBitLinear
+from mlx_backend.head import Head, find_head, output_head
 from mlx_backend.loss import cross_entropy, frozen_head_loss, loss_alone
 
-VOCABULARY, WIDTH, ROWS = 301, 24, 17
+VOCABULARY, WIDTH, ROWS = 301, 32, 17
 
 
 @pytest.fixture
@@ -31,28 +36,55 @@ def arrays() -> dict[str, mx.array]:
     }
 
 
+def make_head(kind: str, arrays: dict[str, mx.array], after: AfterHead) -> Head:
+    """Make a frozen head of random weights: linear, with a bias, a tied embedding, or packed in 4 bits."""
+    if "embedding" in kind:
+        module, method = nn.Embedding(VOCABULARY, WIDTH), "as_linear"
+    else:
+        module, method = nn.Linear(WIDTH, VOCABULARY, bias="bias" in kind), "__call__"
+    module.update({name: arrays[name] for name in module.parameters()})
+    module = module.to_quantized(group_size=32, bits=4) if "4 bits" in kind else module
+    module = FourBitLinear.from_linear(module, "nf4", True) if "nf4" in kind else module
+    return Head(module, getattr(type(module), method), VOCABULARY, after)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("after", [AfterHead(), AfterHead(factor=0.125), AfterHead(soft_cap=5.0)], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "bias", "embedding", "linear in 4 bits", "embedding in 4 bits", "nf4"])
 def test_loss_and_gradient_are_those_of_the_plain_formula(
-    rows: int, after: AfterHead, with_bias: bool, arrays: dict[str, mx.array], monkeypatch: pytest.MonkeyPatch
+    rows: int, after: AfterHead, kind: str, arrays: dict[str, mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlx_backend.loss, "CHUNK_BYTES", 4 * VOCABULARY * rows)
-    hidden, targets, counted, weight, bias = arrays.values()
-    head = Head(weight, bias if with_bias else None, after)
-    matrix = [weight, bias] if with_bias else [weight]
+    hidden, targets, counted, *_ = arrays.values()
+    head = make_head(kind, arrays, after)
 
     def plain(hidden: mx.array) -> mx.array:
         return 2 * (cross_entropy(head(hidden), targets) * counted).sum()
 
     def chunked(hidden: mx.array) -> mx.array:
-        return 2 * frozen_head_loss(after)(hidden, targets, counted, *matrix)[0]
+        return 2 * frozen_head_loss(head)(hidden, targets, counted, head.arrays)[0]
 
     (expected, gradient), (found, ours) = (mx.value_and_grad(function)(hidden) for function in (plain, chunked))
     np.testing.assert_allclose(found.item(), expected.item(), rtol=1e-6)
     np.testing.assert_allclose(2 * loss_alone(hidden, targets, counted, head).item(), expected.item(), rtol=1e-6)
     # Float32 sums of 301 terms in another order.
     np.testing.assert_allclose(np.array(ours), np.array(gradient), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_mlx_lm_quantised_goes_in_chunks(tied: bool, tmp_path: Path) -> None:
+    write_llama(tmp_path / "base", tied=tied, hidden_size=64)
+    quantize_folder(tmp_path / "base", tmp_path / "packed", 4)
+    engine = open_fresh("mlx", tmp_path / "packed")
+    assert isinstance(output_head(engine._model)[1], nn.QuantizedEmbedding if tied else nn.QuantizedLinear)
+    assert engine._loss._head is not None
+    plan = BatchPlan(make_batches(), 4, 1, 42, 2)
+    found = engine.fetch(engine.train_step(plan.step_batch(1), 5e-3))
+    engine._loss._head = None  # the plain way
+    engine.load_state(TrainState.fresh(initial_weights(engine.adapter_shapes(), 42)))
+    expected = engine.fetch(engine.train_step(plan.step_batch(1), 5e-3))
+    assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +133,9 @@ def test_memory_holds_one_chunk_and_not_all_logits(monkeypatch: pytest.MonkeyPat
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    function = frozen_head_loss(AfterHead())
-    mx.eval(mx.value_and_grad(lambda each: function(each, targets, counted, weight)[0])(hidden))
+    linear = nn.Linear(32, vocabulary, bias=False)
+    linear.weight = weight
+    function = frozen_head_loss(Head(linear, nn.Linear.__call__, vocabulary, AfterHead()))
+    mx.eval(mx.value_and_grad(lambda each: function(each, targets, counted, {"weight": weight})[0])(hidden))
     # A chunk's logits, exponentials and errors are 2 MB each; all logits would be 67.
     assert mx.get_peak_memory() - before < 30e6

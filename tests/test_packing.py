@@ -86,23 +86,44 @@ def test_generation_is_as_without_packing(name, checkpoints):
 
 
 @pytest.mark.parametrize("family", [family for engine, family in PACKED if engine == "mlx"])
-def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints):
+def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints, monkeypatch):
     import mlx.core as mx
 
     from common.config import QuantizationConfig
-    from mlx_backend.attention import Masked, SideBySide, separate_examples
+    from mlx_backend.attention import Masked, SideBySide, reach, separate_examples
     from mlx_backend.model import choose_device, load_base
 
     choose_device("cpu")
     model = load_base(checkpoints[family], "float32", QuantizationConfig())
     packing = separate_examples(model, checkpoints[family])
     (row,) = end_to_end(make_micro_batch(make_batches(5), [range(5)]))
-    logits = []
-    for arrangement in (Masked(mx.array(row.segment_ids)), SideBySide(row)):
+    masked = Masked(mx.array(row.segment_ids), reach(row.segment_ids))
+
+    def logits(arrangement: Masked | SideBySide) -> np.ndarray:
         with packing.follow(arrangement):
-            logits.append(np.array(model(mx.array(row.token_ids))))
+            return np.array(model(mx.array(row.token_ids)))
+
+    plain, beside = logits(masked), logits(SideBySide(row))
+    for module in ("long_rows", "amend"):
+        monkeypatch.setattr(f"mlx_backend.{module}.LONG", 4)
+    for name, size in (("BLOCK", 16), ("SMALLEST_BLOCK", 8)):
+        monkeypatch.setattr(f"mlx_backend.blockwise.{name}", size)
     # Positions restart in one and not in the other: rotations by angles a hundred times as large.
-    np.testing.assert_allclose(logits[0], logits[1], atol=2e-4 * np.abs(logits[1]).max(), rtol=0)
+    np.testing.assert_allclose(plain, beside, atol=2e-4 * np.abs(beside).max(), rtol=0)
+    np.testing.assert_allclose(logits(masked), plain, atol=2e-5 * np.abs(beside).max(), rtol=0)  # as on a Mac
+
+
+def test_the_way_of_a_card_trains_alike_on_mlx(checkpoints):
+    plan = BatchPlan(make_batches(14), 2, 2, seed=0, num_train_epochs=1, capacity=120)
+    results = []
+    for on_gpu in (False, True):  # which decides how the examples of a row are kept apart, and that alone
+        engine = open_fresh("mlx", checkpoints["llama"], packing=True, max_grad_norm=0)
+        engine._on_gpu = on_gpu
+        results.append(gradient_of(engine, plan.step_batch(1)))
+    (expected_loss, expected), (loss, gradient) = results
+    assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
+    for key, tensor in expected.items():
+        np.testing.assert_allclose(gradient[key], tensor, atol=1e-4 * np.abs(tensor).max(), rtol=0)
 
 
 def test_masked_rows_can_be_compiled_on_mlx(checkpoints):
@@ -118,7 +139,7 @@ def test_masked_rows_can_be_compiled_on_mlx(checkpoints):
     packing = separate_examples(model, checkpoints["llama"])
 
     def logits(token_ids: mx.array, segment_ids: mx.array) -> mx.array:
-        with packing.follow(Masked(segment_ids)):
+        with packing.follow(Masked(segment_ids, 64)):
             return model(token_ids)
 
     batch = make_micro_batch(make_batches(5), [range(2), range(2, 5)])

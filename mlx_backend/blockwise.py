@@ -1,0 +1,232 @@
+"""Exact attention without its L x L scores: a block of queries meets a block of keys, one pair after the other.
+
+MLX's fused kernel has a backward pass on CUDA alone; elsewhere training keeps every head's probabilities for all pairs
+of positions. Here the forward pass keeps the output and the logarithm of each query's summed exponentials, and the
+backward pass computes a block's probabilities from it again (FlashAttention-2, arXiv:2307.08691, in plain MLX
+operations, which every device has). Memory grows with L, not with its square, and blocks that no query may look into
+are left out: nearly half of all in causal attention. The cost: every score is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_backend.streams import custom_gradient
+
+BLOCK = 256  # positions; in long rows a sixteenth of them, as every pair is some graph nodes for the host to hold
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # small matrix products are slow; 512 x 512 scores of 24 heads are 25 MB
+HIDDEN = -3e38  # score of a key that is not seen: finite, as inf - inf is not a number
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Say which keys a query sees: all up to its own position (all there are where not `causal`), less what follows."""
+
+    causal: bool = True
+    window: int | None = None  # only the last so many, its own included
+    segment_ids: mx.array | None = None  # (B, L): only those of the same number
+    reach: int | None = None  # no segment is longer than this, where that is known; it hides nothing
+    allowed: mx.array | None = None  # only where this is true, up to four axes that fit (B, H, L, L)
+
+    def dense(self, length: int) -> mx.array:
+        """Write it out as one boolean mask (B|1, H|1, L, L), for attention that takes no other."""
+        whole = slice(0, length)
+        shown = self.by_position(whole, whole)
+        mask = mx.ones((1, 1, length, length), mx.bool_) if shown is None else shown[None, None]
+        if self.segment_ids is not None:
+            mask = mask & self.by_segment(whole, whole)
+        return mask if self.allowed is None else mask & self.allowed
+
+    def blocks(self, length: int) -> Iterator[tuple[slice, list[slice]]]:
+        """Yield each block of queries with the blocks of keys that any of them sees."""
+        limits = [limit for limit in (self.window, self.reach) if limit is not None and self.causal]
+        furthest = min(limits, default=length)
+        wanted = min(furthest, max(BLOCK, length // 16))
+        size = 1 << (min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
+        grid = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+        for number, rows in enumerate(grid):
+            first = max(0, rows.start - furthest + 1) // size
+            yield rows, grid[first : number + 1] if self.causal else grid
+
+    def by_position(self, rows: slice, columns: slice) -> mx.array | None:
+        """Return the mask (rows, columns) that follows from the order of positions, None where all are seen."""
+        hides_later = self.causal and columns.stop - 1 > rows.start
+        hides_earlier = self.window is not None and rows.stop - 1 - columns.start >= self.window
+        if not (hides_later or hides_earlier):
+            return None
+        distance = mx.arange(rows.start, rows.stop)[:, None] - mx.arange(columns.start, columns.stop)[None]
+        shown = distance >= 0
+        return shown & (distance < self.window) if hides_earlier else shown
+
+    def by_segment(self, rows: slice, columns: slice) -> mx.array:
+        """Return the mask (B, 1, rows, columns) that keeps segments apart."""
+        assert self.segment_ids is not None
+        return self.segment_ids[:, None, rows, None] == self.segment_ids[:, None, None, columns]
+
+
+def blockwise_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    sight: Sight = Sight(),
+    sinks: mx.array | None = None,
+    soft_cap: float | None = None,
+) -> mx.array:
+    """Compute softmax(scale * Q K^T) V over the keys that each query sees; zero where it sees none.
+
+    Queries are (B, H, L, D), keys (B, H_kv, L, D), values (B, H_kv, L, E), the result is (B, H, L, E) in the queries'
+    dtype; sums and exponentials are float32. `sinks` (H,) are one more score of each query, without a value; with a
+    `soft_cap` c scores s become c tanh(s / c).
+    """
+    batch, heads, length, _ = queries.shape
+    groups = keys.shape[1], heads // keys.shape[1]
+    arrays = {"segment_ids": sight.segment_ids, "allowed": _grouped(sight.allowed, groups, length)}
+    arrays["sinks"] = None if sinks is None else sinks.astype(mx.float32).reshape(*groups, 1, 1)
+    grouped = (queries * scale).reshape(batch, *groups, length, -1)
+    attention = _attention(sight, soft_cap)
+    out, _ = attention(grouped, keys, values, {name: each for name, each in arrays.items() if each is not None})
+    return out.reshape(batch, heads, length, -1)
+
+
+def _grouped(allowed: mx.array | None, groups: tuple[int, int], length: int) -> mx.array | None:
+    """View a mask as (B|1, H_kv|1, H / H_kv|1, L, L)."""
+    if allowed is None:
+        return None
+    allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
+    batch, heads = allowed.shape[:2]
+    whole = mx.broadcast_to(allowed, (batch, heads, length, length))
+    return whole.reshape(batch, *(groups if heads > 1 else (1, 1)), length, length)
+
+
+def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Return f(queries (B, H_kv, G, L, D), keys, values, arrays) -> output, log of the summed exponentials.
+
+    Every array comes as an argument: `mx.compile` refuses what a custom function captures.
+    """
+
+    def attention(
+        queries: mx.array, keys: mx.array, values: mx.array, arrays: Mapping[str, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        return _forward(queries, keys, values, _Scores.of(sight, soft_cap, arrays), arrays.get("sinks"))
+
+    def attention_gradient(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
+        queries, keys, values, arrays = primals
+        out, logs = outputs
+        delta = (cotangents[0].astype(mx.float32) * out).sum(axis=-1, keepdims=True)
+        gradients = {name: mx.zeros_like(each) for name, each in arrays.items()}
+        if "sinks" in arrays:
+            gradients["sinks"] = -(mx.exp(arrays["sinks"] - logs) * delta).sum(axis=(0, 3), keepdims=True)[0]
+        scores = _Scores.of(sight, soft_cap, arrays)
+        return *_backward(queries, keys, values, scores, cotangents[0], logs, delta), gradients
+
+    return custom_gradient(attention, attention_gradient)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Compute the scores of one block."""
+
+    sight: Sight
+    soft_cap: float | None
+
+    @classmethod
+    def of(cls, sight: Sight, soft_cap: float | None, arrays: Mapping[str, mx.array]) -> _Scores:
+        masks = {name: arrays.get(name) for name in ("segment_ids", "allowed")}
+        return cls(replace(sight, **masks), soft_cap)
+
+    def __call__(
+        self, queries: mx.array, keys: mx.array, rows: slice, columns: slice
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return scores (B, H_kv, G * rows, columns) in float32, and the derivative of the soft cap if there is one."""
+        scores, slope = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32), None
+        if self.soft_cap is not None:
+            bent = mx.tanh(scores / self.soft_cap)
+            scores, slope = self.soft_cap * bent, 1 - mx.square(bent)
+        for mask in self._masks(rows, columns):
+            by_group = mx.unflatten(scores, 2, (-1, rows.stop - rows.start))
+            scores = mx.where(mask, by_group, HIDDEN).flatten(2, 3)
+        return scores, slope
+
+    def _masks(self, rows: slice, columns: slice) -> Iterator[mx.array]:
+        """Yield what hides keys of a block, each in a form that fits (B, H_kv, G, rows, columns)."""
+        shown = self.sight.by_position(rows, columns)
+        if shown is not None:
+            yield shown
+        if self.sight.segment_ids is not None:
+            yield self.sight.by_segment(rows, columns)[:, :, None]
+        if self.sight.allowed is not None:
+            yield self.sight.allowed[..., rows, columns]
+
+
+def _forward(
+    queries: mx.array, keys: mx.array, values: mx.array, scores: _Scores, sinks: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Attend block by block with the highest score so far (online softmax, arXiv:1805.02867).
+
+    A block waits for the one before, lest the scores of all live at once.
+    """
+    outputs, logs, before = [], [], []
+    for rows, seen in scores.sight.blocks(queries.shape[-2]):
+        query = queries[..., rows, :].flatten(2, 3)
+        highest, total, out = mx.array(HIDDEN), mx.array(0.0), mx.array(0.0)
+        for columns in seen:
+            query = mx.depends(query, before) if before else query
+            block, _ = scores(query, keys[:, :, columns], rows, columns)
+            higher = mx.maximum(highest, block.max(axis=-1, keepdims=True))
+            weights, shrink = mx.exp(block - higher), mx.exp(highest - higher)
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            out = out * shrink + weights.astype(values.dtype) @ values[:, :, columns]
+            highest, before = higher, [total, out]
+        out, log = out / total, highest + mx.log(total)
+        out, log = (mx.unflatten(each, 2, (-1, rows.stop - rows.start)) for each in (out, log))
+        if sinks is not None:
+            with_sink = mx.logaddexp(log, sinks)
+            out, log = out * mx.exp(log - with_sink), with_sink
+        if scores.sight.allowed is not None:  # where alone a query may see nothing: all its probabilities become 0
+            sees_none = log < HIDDEN / 2
+            out, log = mx.where(sees_none, 0, out), mx.where(sees_none, mx.inf, log)
+        outputs.append(out.astype(queries.dtype))
+        logs.append(log)
+    return mx.concatenate(outputs, axis=-2), mx.concatenate(logs, axis=-2)
+
+
+def _backward(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scores: _Scores,
+    d_out: mx.array,
+    logs: mx.array,
+    delta: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the gradients of queries, keys and values; `delta` is the sum over E of output times its gradient."""
+    d_queries: list[mx.array] = []
+    d_keys: dict[int, Any] = {}
+    d_values: dict[int, Any] = {}
+    before: list[mx.array] = []
+    for rows, seen in scores.sight.blocks(queries.shape[-2]):
+        query, d_part, log, part_delta = (each[..., rows, :].flatten(2, 3) for each in (queries, d_out, logs, delta))
+        d_query: Any = 0
+        for columns in seen:
+            query, d_part = mx.depends([query, d_part], before) if before else (query, d_part)
+            key, value, place = keys[:, :, columns], values[:, :, columns], columns.start
+            block, slope = scores(query, key, rows, columns)
+            probabilities = mx.exp(block - log)
+            d_scores = probabilities * (d_part @ value.swapaxes(-1, -2) - part_delta)
+            d_scores = d_scores if slope is None else d_scores * slope
+            probabilities, d_scores = probabilities.astype(value.dtype), d_scores.astype(key.dtype)
+            d_query = d_query + (d_scores @ key).astype(mx.float32)
+            d_keys[place] = d_keys.get(place, 0) + (d_scores.swapaxes(-1, -2) @ query).astype(mx.float32)
+            d_values[place] = d_values.get(place, 0) + (probabilities.swapaxes(-1, -2) @ d_part).astype(mx.float32)
+            before = [d_query, d_keys[place], d_values[place]]
+        d_queries.append(mx.unflatten(d_query, 2, (-1, rows.stop - rows.start)).astype(queries.dtype))
+    d_key, d_value = (
+        mx.concatenate([parts[place] for place in sorted(parts)], axis=-2).astype(like.dtype)
+        for parts, like in ((d_keys, keys), (d_values, values))
+    )
+    return mx.concatenate(d_queries, axis=-2), d_key, d_value

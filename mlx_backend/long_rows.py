@@ -1,0 +1,123 @@
+"""Which attention a row gets: MLX's own, or the blockwise one where a row is long and MLX has no backward kernel.
+
+mlx-lm's architectures call two functions by name, for attention and for its mask. Each module that does so is given
+its own method once more, in which those names mean the functions of this file; no architecture is written again and
+nothing of mlx-lm's is changed for others. A mask stays a description (Sight) up to the place where it is used. With a
+cache, which is generation, both are mlx-lm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from mlx_backend.blockwise import Sight, blockwise_attention
+from mlx_backend.tree import specialise
+
+# Up to here MLX's own attention takes less time on a CPU, and keeps less than a layer's other activations are.
+LONG = 512
+TILE, WIDEST_HEAD = 128, 128  # of cuDNN's backward kernel, as MLX 0.32 calls it
+
+Mask = mx.array | Sight | str | None
+
+
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+    soft_cap: float | None = None,
+) -> mx.array:
+    """Compute attention as mlx-lm's `scaled_dot_product_attention`, without L x L scores where rows are long.
+
+    A soft cap, which no kernel of MLX has, is always computed blockwise.
+    """
+    length = queries.shape[2]
+    as_sight = None if cache is not None or keys.shape[2] != length else sight_of(mask)
+    is_long = length > LONG and not _has_backward_kernel(queries, values, sinks)
+    if as_sight is not None and (is_long or soft_cap is not None):
+        return blockwise_attention(queries, keys, values, scale, as_sight, sinks, soft_cap)
+    assert soft_cap is None
+    mask = mask.dense(length) if isinstance(mask, Sight) else mask
+    return base.scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def sight_of(mask: Mask) -> Sight | None:
+    """Describe a mask, None for one of numbers: what is added to scores may need a gradient."""
+    if isinstance(mask, mx.array):
+        return Sight(causal=False, allowed=mask) if mask.dtype == mx.bool_ else None
+    return mask if isinstance(mask, Sight) else Sight(causal=mask is not None)
+
+
+def attention_mask(
+    hidden: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
+) -> Mask:
+    """Make the mask that mlx-lm's `create_attention_mask` makes; of long rows without a cache, a window as a Sight."""
+    length = hidden.shape[1]
+    if cache is None and window_size and length > max(window_size, LONG):
+        return Sight(window=window_size)
+    return base.create_attention_mask(hidden, cache, window_size=window_size, return_array=return_array)
+
+
+def lighten_attention(model: nn.Module) -> None:
+    """Put this file's functions where the code of a model's modules calls mlx-lm's."""
+    names = {"scaled_dot_product_attention": attend, "create_attention_mask": attention_mask}
+    for module in model.modules():
+        for method, function in _methods(type(module)):
+            if not names.keys().isdisjoint(_names(function.__code__)):
+                specialise(module, method, _with_names(function, names))
+
+
+def takes_sight(attention: nn.Module) -> bool:
+    """Tell whether a module's code hands its mask to `attend`."""
+    return any(
+        function.__globals__.get(name) is attend
+        for _, function in _methods(type(attention))
+        for name in _names(function.__code__)
+    )
+
+
+def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """Yield the methods that an architecture has written."""
+    for name in dir(kind):
+        function = getattr(kind, name)
+        if isinstance(function, FunctionType) and (name == "__call__" or not hasattr(nn.Module, name)):
+            yield name, function
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names that a function looks up, those inside it too."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _with_names(function: FunctionType, names: Mapping[str, Any]) -> FunctionType:
+    """Return a function of the same code for which some global names mean something else."""
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _has_backward_kernel(queries: mx.array, values: mx.array, sinks: mx.array | None) -> bool:
+    """Tell whether MLX's kernel has a backward pass for this, which keeps no scores: cuDNN's, on CUDA."""
+    if mx.default_device().type != mx.gpu or not mx.cuda.is_available() or sinks is not None:
+        return False
+    widths = queries.shape[-1], values.shape[-1]
+    fits = all(width % 8 == 0 and width <= WIDEST_HEAD for width in widths) and queries.shape[2] % TILE == 0
+    return fits and queries.dtype in (mx.float16, mx.bfloat16)
