@@ -16,7 +16,7 @@ from tiny_models import write_llama
 from tiny_run import Run, examples
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.config import LoraConfig, QuantizationConfig, TrainConfig
+from common.config import LoraConfig, QuantizationConfig, TrainConfig, load_config
 from common.engine import DeviceMemory, MicroBatch, StepBatch, choose_engine, device_memory, is_out_of_memory
 from common.errors import MachineError, UserError
 from common.estimate import guard
@@ -26,7 +26,8 @@ from common.estimate.guard import advise, refuse_hopeless, total_bytes
 from common.estimate.memory import estimate_memory
 from common.estimate.shape import read_shape, shape_of
 from common.estimate.verb import write_fixed
-from common.estimate.workload import Workload
+from common.estimate.workload import Workload, read_workload
+from common.view.metrics import read_metrics
 
 H200 = DeviceMemory("cuda", "NVIDIA H200", 150 * 10**9, compiles=True)
 CPU = DeviceMemory("cpu", "the CPU", 20 * 10**9)
@@ -108,6 +109,24 @@ def test_estimates_are_within_a_tenth_of_what_was_measured_on_a_cpu(engine, peak
     config = TrainConfig(packing=True, max_seq_length=512, per_device_train_batch_size=1)
     work = Workload(longest=96, supervised_share=0.4).work(config)
     assert estimate_memory(SMOLLM2, config, work, engine, CPU).total == pytest.approx(peak * GB, rel=0.1)
+
+
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_a_run_peaks_where_the_estimate_says(cli, tmp_path, monkeypatch, engine):
+    """The peak is that of the whole process, as metrics.jsonl has it."""
+    monkeypatch.chdir(tmp_path)
+    text = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is " * 120}]}
+    Path("train.jsonl").write_text(f"{json.dumps(text)}\n" * 16)
+    settings = {"model_name_or_path": str(wide(tmp_path / "model", 4)), "data": {"train": "train.jsonl"}}
+    settings |= {"engine": engine, "device": "cpu", "output_dir": "out", "max_steps": 2, "save_strategy": "no"}
+    Path("c.json").write_text(json.dumps(settings))
+    config = load_config(Path("c.json"))
+    estimated = estimate_memory(read_shape("model"), config, read_workload(config).work(config), engine, CPU)
+    done = cli("train", "--config", "c.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    peak = read_metrics(Path("out/metrics.jsonl"))[-1]["peak_memory_bytes"]
+    print(f"{estimated.total / 1e6:.0f} estimated, {peak / 1e6:.0f} measured", estimated.parts)
+    assert estimated.total == pytest.approx(peak, rel=0.15)  # a process's libraries differ by machine
 
 
 def micro_batch(rows: int, length: int, example: int) -> MicroBatch:
