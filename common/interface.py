@@ -12,6 +12,7 @@ Options that a message names by their flags are arguments: --resume is resume="a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,13 +62,23 @@ def load_config(path: str | Path, **changes: Any) -> TrainConfig:
     """
     values = read_config_file(Path(path))
     changed: dict[str, str] = {}  # what to blame for a key
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
+    for key, value in _plain(changes).items():
+        changed[key] = f"load_config: {key}"
+        old = values.get(key)
+        if isinstance(value, dict):
             changed |= {f"{key}.{name}": f"load_config: {key}.{name}" for name in value}
-            value = {**(values.get(key) or {}), **value}
-        changed.setdefault(key, f"load_config: {key}")
+            value = {**(old if isinstance(old, dict) else {}), **value}
         values[key] = value
     return validated(TrainConfig, ConfigInput(values, str(path), changed))
+
+
+def _plain(value: Any) -> Any:
+    """Turn what Python has beside a config's types into those: paths into text, tuples into lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def train(

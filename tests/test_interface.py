@@ -53,6 +53,8 @@ def test_keys_are_changed_one_by_one_also_within_groups(engines):
     config = load_config("configs/quickstart.yaml", max_steps=3, lora={"r": 4}, data={"validation_split": 2})
     assert (config.max_steps, config.lora.r, config.lora.target_modules) == (3, 4, ("proj",))
     assert config.data.train == ("train.jsonl",) and config.data.validation_split == 2
+    config = load_config("configs/quickstart.yaml", output_dir=Path("a"), data={"train": (Path("b"), "c")})
+    assert config.output_dir == "a" and config.data.train == ("b", "c")
 
 
 def test_what_is_wrong_with_the_changes_is_told_all_at_once(engines):

@@ -126,7 +126,8 @@ def _unpacked_bytes(shape: ModelShape, config: TrainConfig, name: str, bytes_eac
     if name != "mlx" or not (config.quantization.way or shape.stored):
         return 0
     each = bytes_each if config.quantization.mlx_format else FLOAT32  # 4 bits of bitsandbytes go through float32
-    return MLX_UNPACKED * each * max(math.prod(size) for name, size in shape.linear.items() if not is_head(name))
+    sizes = (math.prod(size) for name, size in shape.linear.items() if not is_head(name))
+    return MLX_UNPACKED * each * max(sizes, default=0)
 
 
 def gigabytes(count: float) -> str:
