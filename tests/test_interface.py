@@ -39,7 +39,7 @@ def engines(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
         opened.append(FakeEngine(config, vocabulary=416))
         return opened[-1]
 
-    monkeypatch.setattr("common.launch.open_engine", open_engine)
+    monkeypatch.setattr("common.inputs.open_engine", open_engine)
     return opened
 
 
