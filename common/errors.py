@@ -10,6 +10,10 @@ class TwintuneError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Let a notebook show the message alone; IPython asks for it by this name."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UserError(TwintuneError):
     """Report input that is wrong: config, data, files or options."""

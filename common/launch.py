@@ -6,6 +6,7 @@ are checked, in seconds, before an engine is opened.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Sequence
@@ -113,7 +114,7 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
         given = given.fitted_to(engine, config.lora)
     start = _start(folder, request, given, config, engine, console)
     record = RunRecord(folder.path)
-    with record.until_the_end():
+    with contextlib.closing(engine), record.until_the_end():
         if folder.is_finished(start):
             say(
                 console,
@@ -133,7 +134,6 @@ def _train_alone(base: str, config: TrainConfig, request: Request, console: Cons
     say(console, f"The adapter is in {folder.final}")
     if request.events:
         print_event(request.events, "end", {"final": str(folder.final), "scores": record.scores})
-    engine.close()
 
 
 def _train(

@@ -16,7 +16,7 @@ from tiny_models import write_llama
 from tiny_run import Run, examples
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.config import LoraConfig, QuantizationConfig, TrainConfig
+from common.config import LoraConfig, QuantizationConfig, TrainConfig, load_config
 from common.engine import DeviceMemory, MicroBatch, StepBatch, choose_engine, device_memory, is_out_of_memory
 from common.errors import MachineError, UserError
 from common.estimate import guard
@@ -26,7 +26,8 @@ from common.estimate.guard import advise, refuse_hopeless, total_bytes
 from common.estimate.memory import estimate_memory
 from common.estimate.shape import read_shape, shape_of
 from common.estimate.verb import write_fixed
-from common.estimate.workload import Workload
+from common.estimate.workload import Workload, read_workload
+from common.view.metrics import read_metrics
 
 H200 = DeviceMemory("cuda", "NVIDIA H200", 150 * 10**9, compiles=True)
 CPU = DeviceMemory("cpu", "the CPU", 20 * 10**9)
@@ -110,6 +111,24 @@ def test_estimates_are_within_a_tenth_of_what_was_measured_on_a_cpu(engine, peak
     assert estimate_memory(SMOLLM2, config, work, engine, CPU).total == pytest.approx(peak * GB, rel=0.1)
 
 
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_a_run_peaks_where_the_estimate_says(cli, tmp_path, monkeypatch, engine):
+    """The peak is that of the whole process, as metrics.jsonl has it."""
+    monkeypatch.chdir(tmp_path)
+    text = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is " * 120}]}
+    Path("train.jsonl").write_text(f"{json.dumps(text)}\n" * 16)
+    settings = {"model_name_or_path": str(wide(tmp_path / "model", 4)), "data": {"train": "train.jsonl"}}
+    settings |= {"engine": engine, "device": "cpu", "output_dir": "out", "max_steps": 2, "save_strategy": "no"}
+    Path("c.json").write_text(json.dumps(settings))
+    config = load_config(Path("c.json"))
+    estimated = estimate_memory(read_shape("model"), config, read_workload(config).work(config), engine, CPU)
+    done = cli("train", "--config", "c.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    peak = read_metrics(Path("out/metrics.jsonl"))[-1]["peak_memory_bytes"]
+    print(f"{estimated.total / 1e6:.0f} estimated, {peak / 1e6:.0f} measured", estimated.parts)
+    assert estimated.total == pytest.approx(peak, rel=0.15)  # a process's libraries differ by machine
+
+
 def micro_batch(rows: int, length: int, example: int) -> MicroBatch:
     ids = np.random.default_rng(0).integers(0, 400, (rows, length)).astype(np.int32)
     place = np.tile(np.arange(length), (rows, 1)).astype(np.int32)
@@ -164,6 +183,38 @@ def test_mlx_keeps_what_the_formula_says_layer_by_layer(tmp_path):
     assert (peaks[1] - peaks[0]) / 4 == pytest.approx(found.kept + found.attention, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "length", "example", "vocabulary", "changes"),
+    [
+        (1, 2048, 32, 8192, {"packing": True}),
+        (1, 1024, 1024, 400, {}),
+        (1, 1024, 1024, 400, {"quantization": NF4, **CHECKPOINTED}),
+        (8, 128, 128, 400, {"quantization": MLX4}),
+    ],
+    ids=["chunks of logits", "long rows", "checkpointed nf4", "4 bits"],
+)
+def test_mlx_peaks_as_estimated(tmp_path, monkeypatch, rows, length, example, vocabulary, changes):
+    """Chunks are of 32 rows, as those of a large model; all logits would take four times 64 MB."""
+    import mlx.core as mx
+
+    monkeypatch.setattr("mlx_backend.loss.CHUNK_BYTES", 2**20)
+    monkeypatch.setattr("common.estimate.activations.CHUNK_BYTES", 2**20)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "vocab_size": vocabulary}
+    model = write_llama(tmp_path, tied=True, **sizes)
+    engine, batch = open_fresh("mlx", model, LoraConfig(r=4), **changes), micro_batch(rows, length, example)
+    count = rows * length
+    for _ in range(2):
+        mx.reset_peak_memory()
+        engine.fetch(engine.train_step(StepBatch(1, 1.0, (batch,), count, count, (0,)), 1e-3))
+    peak = mx.get_peak_memory()
+    engine.close()
+    config = TrainConfig(lora=LoraConfig(r=4), **changes)
+    found = estimate_memory(read_shape(str(model)), config, Work(rows, length, count, example), "mlx", CPU)
+    held = found.total - found.parts["framework"]  # which is not MLX's own
+    print(f"{held / 1e6:.1f} estimated, {peak / 1e6:.1f} measured", found.parts)
+    assert held == pytest.approx(peak, rel=0.2)  # a queue that runs ahead is not always as full
+
+
 def test_the_shape_is_that_of_the_loaded_model(tied_llama):
     shape, engine = read_shape(str(tied_llama)), open_fresh("torch", tied_llama, LoraConfig(r=3))
     weights = sum(p.numel() for p in engine._base.parameters() if not p.requires_grad)
@@ -197,7 +248,7 @@ def applied(config: TrainConfig, changes) -> TrainConfig:
 
 @pytest.mark.parametrize(
     ("engine", "budget"),
-    [("torch", 4), ("torch", 6), ("torch", 9), ("torch", 20), ("mlx", 4), ("mlx", 6), ("mlx", 12)],
+    [("torch", 4), ("torch", 6), ("torch", 9), ("torch", 20), ("mlx", 6), ("mlx", 9), ("mlx", 14)],
 )
 def test_changes_bring_a_run_within_its_budget_and_keep_the_batch(engine, budget):
     config, machine = settings(), replace(H200, free_bytes=budget * GB)

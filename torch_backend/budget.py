@@ -39,6 +39,7 @@ def matmul_rate(device: str) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory ran out: CUDA's own class, or the CPU allocator's RuntimeError."""
-    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_host or isinstance(error, torch.OutOfMemoryError)
+    """Tell whether an error says that memory ran out: CUDA's own class, or a RuntimeError of MPS or the CPU."""
+    signs = ("DefaultCPUAllocator", "MPS backend out of memory")
+    plain = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return plain or isinstance(error, torch.OutOfMemoryError)

@@ -8,6 +8,7 @@ against peaks on an H200; tests/test_estimate.py keeps them there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from common.estimate.shape import ModelShape
@@ -17,6 +18,11 @@ CHUNK_BYTES = 2**28  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss
 EAGER_HEAD_ARRAYS = 4.25
 # The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
 MLX_HEAD_ARRAYS = 4
+# Of attention's backward where it has no kernel, beside the probabilities; 2.7 to 5 were measured for MLX on a CPU.
+SCORES_PASSING = 3.5
+# A task's result takes memory when MLX queues it, and ten tasks may wait: so many arrays of a chunk are there
+# (mlx_backend/loss.py orders the chunks, which the queue runs ahead of). Measured on a CPU, 1,024 to 4,096 rows.
+MLX_QUEUED_ARRAYS = 10
 HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
 # Below that, torch's freed activations leave holes: five runs on a CPU held 1.85 to 1.98 times what is alive, and 1.03
 # to 1.07 with MALLOC_MMAP_THRESHOLD_ set, which forbids the heap.
@@ -56,6 +62,7 @@ class Setting:
     offloading: bool
     trained_head: bool
     adapted_inputs: int  # widths of the inputs of a layer's adapted modules, together
+    streams: int = 1  # groups of rows that MLX computes side by side on a CPU
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     size = work.positions * how.bytes_each
     layer: float = (_mlx_layer(shape, how) if how.engine == "mlx" else _torch_layer(shape, how)) * size
     scores = _scores(shape, work, how)
-    # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients.
-    passing: float = (5 * shape.intermediate + 6 * shape.hidden) * size
+    # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
+    # of attention come when these are gone.
+    passing = max((5 * shape.intermediate + 6 * shape.hidden) * size, SCORES_PASSING * scores)
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
     if how.checkpointing:
@@ -116,10 +124,19 @@ def _scores(shape: ModelShape, work: Work, how: Setting) -> float:
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
     chunk = max(1, CHUNK_BYTES // (4 * shape.vocabulary))
+    inputs = 2 * work.supervised * shape.hidden * how.bytes_each
+    if how.engine == "mlx":
+        return 4 * shape.vocabulary * _mlx_logit_rows(work, how, chunk) + inputs
     rows = work.supervised if how.trained_head else min(work.supervised, chunk)
     each = how.bytes_each + 4 * EAGER_HEAD_ARRAYS
-    if how.engine == "mlx":
-        each = 4 * MLX_HEAD_ARRAYS
-    elif how.compiled and not how.trained_head:
+    if how.compiled and not how.trained_head:
         each = 2 * how.bytes_each
-    return rows * shape.vocabulary * each + 2 * work.supervised * shape.hidden * how.bytes_each
+    return rows * shape.vocabulary * each + inputs
+
+
+def _mlx_logit_rows(work: Work, how: Setting, chunk: int) -> int:
+    """Count the rows of float32 logits, and of arrays like them, that MLX holds at once."""
+    # Checkpointing has one stream's rows finished before the next one's begin (mlx_backend/__init__.py).
+    groups = how.streams if how.packed else min(how.streams, work.rows)
+    rows = MLX_HEAD_ARRAYS * math.ceil(work.supervised / (groups if how.checkpointing else 1))
+    return rows if how.trained_head else min(rows, MLX_QUEUED_ARRAYS * chunk)

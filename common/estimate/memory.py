@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from common.config import TrainConfig
+from common.cpus import available_cpus
 from common.engine import DeviceMemory
 from common.estimate.activations import Setting, Work, activations
 from common.estimate.shape import ModelShape, is_head
@@ -20,6 +21,8 @@ FLOAT32 = 4
 # Copies of the adapter, float32, that live during AdamW: scaled and clipped gradient, new moments, denominator,
 # decayed weights, quotient, result (torch_backend/step.py); MLX fuses most of them.
 UPDATE_COPIES = {"torch": 8, "mlx": 4}
+# Of the largest weight, unpacked in MLX's backward pass: two to six were measured on a CPU, as its queue runs ahead.
+MLX_UNPACKED = 5
 # Beside the numbers: of a CPU's process libraries, tokenizer and code, measured with a tiny model in `twintune train`;
 # on CUDA cuBLAS' workspace (32 MiB on Hopper) and tables of angles.
 FRAMEWORK = {("torch", "cpu"): 510e6, ("mlx", "cpu"): 390e6, ("torch", "cuda"): 60e6}
@@ -47,7 +50,7 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
     at_turn = {"activations": live.kept, "attention": live.attention}
     moments: list[dict[str, float]] = [
         {**at_turn, "logits": live.logits},
-        {**at_turn, "activations": live.kept + live.passing},
+        {**at_turn, "activations": live.kept + live.passing + _unpacked_bytes(shape, config, name, how.bytes_each)},
         {"optimizer": UPDATE_COPIES[name] * adapter},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
@@ -98,6 +101,7 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
         offloading=config.activation_offloading,
         trained_head=bool(_whole(config)),
         adapted_inputs=sum(shape.linear[module][1] for module in chosen) // shape.layers,
+        streams=available_cpus() if name == "mlx" and machine.device_type == "cpu" else 1,
     )
 
 
@@ -115,6 +119,15 @@ def _weight_bytes(shape: ModelShape, config: TrainConfig, bytes_each: int) -> fl
         scales = 2 * bytes_each if form["mode"] == "affine" else 1
         each = form["bits"] / 8 + scales / form["group_size"]
     return shape.quantisable * each + shape.other * bytes_each
+
+
+def _unpacked_bytes(shape: ModelShape, config: TrainConfig, name: str, bytes_each: int) -> float:
+    """Count the weights that MLX has unpacked at a time; torch's one matrix is within the error."""
+    if name != "mlx" or not (config.quantization.way or shape.stored):
+        return 0
+    each = bytes_each if config.quantization.mlx_format else FLOAT32  # 4 bits of bitsandbytes go through float32
+    sizes = (math.prod(size) for name, size in shape.linear.items() if not is_head(name))
+    return MLX_UNPACKED * each * max(sizes, default=0)
 
 
 def gigabytes(count: float) -> str:

@@ -39,7 +39,7 @@ def byte_counter(what: str, total: int, console: Console) -> Iterator[Callable[[
 
 @contextmanager
 def _bar(what: str, total: int | None, console: Console, *figures: ProgressColumn) -> Iterator[Callable[[int], None]]:
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_jupyter:  # where rich would need ipywidgets
         if total:
             say(console, f"{what} ...")
         yield lambda done: None

@@ -10,7 +10,7 @@ thread four times a second: that costs the same however short the steps are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,6 +29,16 @@ REMEMBERED = 600  # logged losses that the sparkline shows
 NextSave = Callable[[int], str]  # says after a step when the next checkpoint is due
 
 
+class Screen(Protocol):
+    """Show a view that changes."""
+
+    def start(self) -> None:
+        """Begin to show it."""
+
+    def stop(self) -> None:
+        """Show how it ended; safe to call twice."""
+
+
 class TerminalReporter:
     """Show where the run is and its figures, and lines above them."""
 
@@ -40,7 +50,7 @@ class TerminalReporter:
         self._left = ""
         self._row: Mapping[str, Any] = {}
         self._losses: list[float | None] = []
-        self._live = Live(
+        self._live: Screen = Live(
             console=console, get_renderable=self._view, refresh_per_second=REDRAWS_PER_SECOND, transient=False
         )
 
@@ -119,7 +129,11 @@ def figures_line(losses: list[float | None], row: Mapping[str, Any], next_save: 
 
 
 def make_reporter(console: Console, events: TextIO | None, next_save: NextSave) -> Reporter:
-    """Choose JSON where it is asked for, the live view on a terminal, lines elsewhere."""
+    """Choose JSON where it is asked for, the live view on a terminal, a widget in a notebook, lines elsewhere."""
     if events:
         return JsonReporter(events, console)
+    if console.is_jupyter:
+        from common.view.notebook import NotebookReporter
+
+        return NotebookReporter(console, next_save)
     return TerminalReporter(console, next_save) if console.is_terminal else PlainReporter(console)
