@@ -88,34 +88,34 @@ def setting(config: TrainConfig) -> str:
 
 
 def measure(engine: Engine, plan: BatchPlan, steps: int, learning_rate: float) -> Figures:
-    """Run steps and time them; tokens are counted without padding.
+    """Run steps and time them from one idle moment to the next; tokens are counted without padding.
 
-    `step_seconds` is the median from one step's end to the next one's. `host_seconds` is the median in which a batch
-    is built and its step launched: a GPU works on the step before meanwhile, a CPU computes in it.
+    `step_seconds` is the median from one fetched result to the next one's. `host_seconds` is the median in which a
+    batch is built and its step launched: a GPU works on the step before meanwhile, a CPU computes in it.
     """
     began = time.perf_counter()
     engine.fetch(engine.train_step(plan.step_batch(1), learning_rate))
     first = time.perf_counter() - began
-    ends, host, tokens, supervised, pending = [], [], 0, 0, None
-    for step in range(2, WARM_UP + steps + 2):
+    for step in range(2, WARM_UP + 2):
+        engine.fetch(engine.train_step(plan.step_batch(step), learning_rate))
+    ends, host, tokens, supervised, pending = [time.perf_counter()], [], 0, 0, None
+    for step in range(WARM_UP + 2, WARM_UP + steps + 2):
         began = time.perf_counter()
         batch = plan.step_batch(step)
         launched = engine.train_step(batch, learning_rate)
         host.append(time.perf_counter() - began)
-        if step > WARM_UP + 1:
-            tokens, supervised = tokens + batch.num_tokens, supervised + batch.num_loss_tokens
+        tokens, supervised = tokens + batch.num_tokens, supervised + batch.num_loss_tokens
         if pending is not None:
             engine.fetch(pending)
             ends.append(time.perf_counter())
         pending = launched
     engine.fetch(pending)
     ends.append(time.perf_counter())
-    timed = ends[WARM_UP - 1 :]  # from the end of the last step that warmed up
-    seconds = timed[-1] - timed[0]
+    seconds = ends[-1] - ends[0]
     return {
         "first_step_seconds": first,
-        "step_seconds": statistics.median(after - before for before, after in itertools.pairwise(timed)),
-        "host_seconds": statistics.median(host[WARM_UP:]),
+        "step_seconds": statistics.median(after - before for before, after in itertools.pairwise(ends)),
+        "host_seconds": statistics.median(host),
         "tokens_per_second": tokens / seconds,
         "supervised_tokens_per_second": supervised / seconds,
         "peak_memory_bytes": engine.memory().peak_bytes,

@@ -23,6 +23,9 @@ SCORES_PASSING = 3.5
 # A task's result takes memory when MLX queues it, and ten tasks may wait: so many arrays of a chunk are there
 # (mlx_backend/loss.py orders the chunks, which the queue runs ahead of). Measured on a CPU, 1,024 to 4,096 rows.
 MLX_QUEUED_ARRAYS = 10
+# Attention block by block (mlx_backend/blockwise.py): the size of its blocks, and how many of scores are there at once.
+LONG, SMALLEST_BLOCK, BLOCK, LARGEST_BLOCK = 512, 128, 256, 512
+BLOCKS_ALIVE = 10
 HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
 # Below that, torch's freed activations leave holes: five runs on a CPU held 1.85 to 1.98 times what is alive, and 1.03
 # to 1.07 with MALLOC_MMAP_THRESHOLD_ set, which forbids the heap.
@@ -42,11 +45,6 @@ class Work:
     def positions(self) -> int:
         """Count the positions computed."""
         return self.rows * self.length
-
-    @property
-    def squares(self) -> int:
-        """Count the pairs of positions that attention scores, where it keeps them."""
-        return self.positions * self.longest
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,10 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     """Count what is alive at the turn from forward to backward."""
     size = work.positions * how.bytes_each
     layer: float = (_mlx_layer(shape, how) if how.engine == "mlx" else _torch_layer(shape, how)) * size
-    scores = _scores(shape, work, how)
+    scores, scores_passing = _scores(shape, work, how)
     # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
     # of attention come when these are gone.
-    passing = max((5 * shape.intermediate + 6 * shape.hidden) * size, SCORES_PASSING * scores)
+    passing = max((5 * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
     if how.checkpointing:
@@ -113,12 +111,18 @@ def _mlx_layer(shape: ModelShape, how: Setting) -> float:
     return 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + inner * shape.intermediate
 
 
-def _scores(shape: ModelShape, work: Work, how: Setting) -> float:
-    """Count the probabilities that a layer keeps where attention has no backward kernel: MLX but for CUDA, and MPS."""
-    fused = how.device_type == "cuda" or (how.engine == "torch" and how.device_type == "cpu")
+def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
+    """Count what attention keeps of a layer where it has no backward kernel, MLX but for CUDA and MPS, and passing."""
+    if how.device_type == "cuda" or (how.engine == "torch" and how.device_type == "cpu"):
+        return 0, 0
     # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/attention.py).
-    squares = work.squares if how.device_type == "cpu" else work.positions * work.length
-    return 0 if fused else shape.heads * squares * how.bytes_each
+    span = work.longest if how.device_type == "cpu" else work.length
+    if how.engine == "mlx" and span > LONG:  # a logarithm a query, in float32
+        block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()
+        rows = work.positions / span
+        return 4 * shape.heads * work.positions, BLOCKS_ALIVE * 4 * rows * shape.heads * block**2
+    kept = shape.heads * work.positions * span * how.bytes_each
+    return kept, SCORES_PASSING * kept
 
 
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
