@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conversions import run_convert
 from engines import make_batches, open_fresh
 from tiny_models import write_family, write_llama
 
@@ -16,7 +17,6 @@ from common.engine import TrainState
 from common.initial import initial_weights
 from common.logits import AfterHead
 from common.trainer import total_loss
-from mlx_backend.convert import quantize_folder
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.head import Head, find_head, output_head
 from mlx_backend.loss import cross_entropy, frozen_head_loss, loss_alone
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_mlx_lm_quantised_goes_in_chunks(tied: bool, tmp_path: Path) -> None:
     write_llama(tmp_path / "base", tied=tied, hidden_size=64)
-    quantize_folder(tmp_path / "base", tmp_path / "packed", 4)
+    run_convert(tmp_path / "base", tmp_path / "packed", to="mlx", bits=4)
     engine = open_fresh("mlx", tmp_path / "packed")
     assert isinstance(output_head(engine._model)[1], nn.QuantizedEmbedding if tied else nn.QuantizedLinear)
     assert engine._loss._head is not None
