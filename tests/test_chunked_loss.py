@@ -73,7 +73,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_mlx_lm_quantised_goes_in_chunks(tied: bool, tmp_path: Path) -> None:
-    write_llama(tmp_path / "base", tied=tied, hidden_size=64)
+    write_llama(tmp_path / "base", tied=tied, hidden_size=64, intermediate_size=128)
     run_convert(tmp_path / "base", tmp_path / "packed", to="mlx", bits=4)
     engine = open_fresh("mlx", tmp_path / "packed")
     assert isinstance(output_head(engine._model)[1], nn.QuantizedEmbedding if tied else nn.QuantizedLinear)
