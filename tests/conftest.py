@@ -60,8 +60,9 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def cli_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a first user: nothing of the Hub's set, an empty cache, no terminal."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TWINTUNE"))}
+    """The environment of a first user: nothing set of the Hub's, ours or an engine's, an empty cache, no terminal."""
+    set_by_others = ("HF_", "HUGGING", "TWINTUNE", "MLX_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(set_by_others)}
     cache = str(tmp_path_factory.mktemp("cache"))
     # One thread: on busy cores two wait for each other at every tiny operation, and a run takes ten times as long.
     return kept | {
