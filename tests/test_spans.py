@@ -87,17 +87,17 @@ def overlapping(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]]) -
 @given(texts=st.lists(st.tuples(TEXT, st.integers(0, 40), st.integers(1, 40)), max_size=5))
 def test_ids_and_places_are_those_of_the_whole_text_with_offsets(kind, texts):
     tokenizer, counts, cuts = KINDS[kind]
-    encoder = SpanEncoder(tokenizer)
-    assert (encoder._bytes_of is not None, encoder._may_cut_before(OPENER)) == (counts, cuts)
+    encoder = SpanEncoder(tokenizer, OPENER)
+    assert (encoder._bytes_of is not None, encoder._cuts) == (counts, cuts)
     texts = [(text, begin, min(begin + size, len(text))) for text, begin, size in texts]
     spans = [[(begin, stop)] if begin < stop else [] for _, begin, stop in texts]
-    found = encoder.encode([text for text, *_ in texts], spans, OPENER)
+    found = encoder.encode([text for text, *_ in texts], spans)
     assert found == [overlapping(tokenizer, text, places) for (text, *_), places in zip(texts, spans, strict=True)]
 
 
 def test_what_many_texts_begin_with_is_tokenised_once():
     tokenizer = KINDS["as GPT-2"][0]
-    encoder, seen = SpanEncoder(tokenizer), []
+    encoder, seen = SpanEncoder(tokenizer, OPENER), []
 
     class Counting:
         def __getattr__(self, name):
@@ -109,7 +109,7 @@ def test_what_many_texts_begin_with_is_tokenised_once():
 
     encoder._tokenizer = Counting()
     texts = [f"{OPENER}a long prompt{END}{OPENER}{number}{END}" for number in range(5)]
-    encoder.encode(texts, [[]] * 5, OPENER)
+    encoder.encode(texts, [[]] * 5)
     assert sorted(seen) == sorted([f"{OPENER}a long prompt{END}", *(f"{OPENER}{n}{END}" for n in range(5))])
 
 

@@ -13,12 +13,13 @@ def resume_command(arguments: list[str]) -> str:
     if "--resume" in completed:
         at = completed.index("--resume")
         del completed[at : at + 2]
-    return shlex.join([program(), *completed, "--resume"])
+    return same_command([*completed, "--resume"])
 
 
-def program() -> str:
-    """Name the program as it was called: it may not be on the PATH."""
-    return sys.argv[0] if Path(sys.argv[0]).name == "twintune" else "twintune"
+def same_command(arguments: list[str]) -> str:
+    """Return a command line of the program as it was called: it may not be on the PATH."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == "twintune" else "twintune"
+    return shlex.join([program, *arguments])
 
 
 def with_bare_resume(arguments: list[str]) -> list[str]:

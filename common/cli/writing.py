@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from common.cli.given import program
+from common.cli.given import same_command
 from common.cli.options import (
     DeviceOption,
     EngineOption,
@@ -114,7 +113,7 @@ def convert(
     from common.convert.request import Request, byte_size, quantization_of
 
     quantization = quantization_of(quantize, group_size, mode, override or [])
-    size, command = byte_size(max_shard_size), shlex.join([program(), *sys.argv[1:]])
+    size, command = byte_size(max_shard_size), same_command(sys.argv[1:])
     request = Request(model, output, to, dtype, quantization, quant_type, double_quant, size, check, command)
     result = run_convert(request, Console(stderr=as_json))
     if as_json:

@@ -64,7 +64,6 @@ class ChatTokenizer:
         """Read tokenizer and chat template from a model folder; raises UserError where they can't be used."""
         self.directory = directory
         self._tokenizer = _read_tokenizer(directory)
-        self._spans = SpanEncoder(self._tokenizer)
         settings = _read_json(directory / "tokenizer_config.json")
         self._special = {
             name: _content(settings[name])
@@ -123,8 +122,7 @@ class ChatTokenizer:
                 results[index] = error
         if batch:
             texts, spans = [w.text for _, w in batch], [w.spans or () for _, w in batch]
-            encoded = self._spans.encode(texts, spans, opener=self._added.at_start_of(self._frame.header))
-            for (index, written), tokens in zip(batch, encoded, strict=True):
+            for (index, written), tokens in zip(batch, self._spans.encode(texts, spans), strict=True):
                 results[index] = _encoded(tokens, written)
         return [result for result in results if result is not None]
 
@@ -180,6 +178,11 @@ class ChatTokenizer:
         from common.data.answers import learn_frame
 
         return learn_frame(lambda messages, prompt: self._render(messages, None, prompt), self._added.last_in)
+
+    @cached_property
+    def _spans(self) -> SpanEncoder:
+        """What tokenises conversations, cut before the token that begins the template's turns."""
+        return SpanEncoder(self._tokenizer, self._added.at_start_of(self._frame.header))
 
     @cached_property
     def _control(self) -> TokenTexts:

@@ -38,15 +38,16 @@ class SpanTokens:
 class SpanEncoder:
     """Tokenise texts of which spans are to be found again; no special tokens are added."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Keep the tokenizer; how it works is looked at when the first texts come."""
+    def __init__(self, tokenizer: Tokenizer, opener: str = "") -> None:
+        """Take the added token that messages begin with; how all this works is looked at when the first texts come."""
         self._tokenizer = tokenizer
+        self._opener = opener
 
-    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], opener: str = "") -> list[SpanTokens]:
-        """Return the tokens of texts and of their spans; `opener` is the added token that messages begin with."""
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[SpanTokens]:
+        """Return the tokens of texts and of their spans."""
         if self._bytes_of is None:
             return self._by_offsets(texts, spans)
-        ids = self._encode_parts(texts, opener if self._may_cut_before(opener) else "")
+        ids = self._encode_parts(texts)
         counted = self._by_counting(texts, spans, ids)
         odd = [index for index, each in enumerate(counted) if each is None]
         told = iter(self._by_offsets([texts[i] for i in odd], [spans[i] for i in odd]))
@@ -59,8 +60,9 @@ class SpanEncoder:
             for encoding, places in zip(encodings, spans, strict=True)
         ]
 
-    def _encode_parts(self, texts: Sequence[str], opener: str) -> list[list[int]]:
+    def _encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise texts in parts, equal ones once."""
+        opener = self._opener if self._cuts else ""
         parts = [text.split(opener) if opener else ["", text] for text in texts]
         first = dict.fromkeys(part for each in parts for part in each[:1] if part)
         later = dict.fromkeys(part for each in parts for part in each[1:])
@@ -125,8 +127,10 @@ class SpanEncoder:
         """Tell whether normalising, which may be NFC here, leaves a text as it is."""
         return text.isascii() or self._tokenizer.normalizer is None or unicodedata.is_normalized("NFC", text)
 
-    def _may_cut_before(self, opener: str) -> bool:
-        """Tell whether a text before the opener, and what follows from it on, are tokenised independently."""
+    @cached_property
+    def _cuts(self) -> bool:
+        """Whether a text before the opener, and what follows from it on, are tokenised independently."""
+        opener = self._opener
         added = self._tokenizer.get_added_tokens_decoder().values()
         own = [token for token in added if token.content == opener]
         others = [token.content for token in added if token.content != opener]

@@ -24,7 +24,7 @@ SCORES_PASSING = 3.5
 # (mlx_backend/loss.py orders the chunks, which the queue runs ahead of). Measured on a CPU, 1,024 to 4,096 rows.
 MLX_QUEUED_ARRAYS = 10
 # Attention block by block (mlx_backend/blockwise.py): the size of its blocks, and how many of scores are there at once.
-LONG, SMALLEST_BLOCK, BLOCK, LARGEST_BLOCK = 512, 128, 256, 512
+LONG, BLOCK, LARGEST_BLOCK = 512, 256, 512
 BLOCKS_ALIVE = 10
 HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
 # Below that, torch's freed activations leave holes: five runs on a CPU held 1.85 to 1.98 times what is alive, and 1.03
