@@ -17,15 +17,16 @@ LARGEST = 12_000 * 512 * 4  # bytes: embeddings and head
 ROOM = 16_000_000  # of blocks of 0.5 MB, read, decoded, encoded, compared, and what the allocator keeps
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from rich.console import Console
 from common.base import tensors
 from common.convert.convert import convert
 from common.convert.request import Request, quantization_of
+from common.memory import process_memory
 tensors.BLOCK_NUMBERS = 1 << 17  # an eighth, as the model is small
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_memory().peak_bytes
 def run(model, to):
     quantization = quantization_of(4 if to == "mlx" else None, None, None, [])
     request = Request(model, Path(f"{model}_{to}"), to, dtype="float16", quantization=quantization, check=False)

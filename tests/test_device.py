@@ -1,18 +1,14 @@
 """What each generation of cards can do: dtype, attention and compilation are chosen in one place, and refused there."""
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from engines import make_batches, open_fresh
 
-import common.memory
 import torch_backend.engine
 from common.batches import BatchPlan
-from common.engine import MemoryUse
 from common.errors import MachineError
 from torch_backend.device import Hardware, look_at
 
@@ -87,11 +83,3 @@ def test_compiling_without_triton_is_refused(llama: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch_backend.engine, "look_at", lambda _: Hardware("cuda", (8, 9), has_triton=False))
     with pytest.raises(MachineError, match=r"torch_compile: true: .*Triton is not installed"):
         open_fresh("torch", llama, device="cpu", torch_compile=True)
-
-
-def test_on_windows_the_peak_is_the_working_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = SimpleNamespace(rss=5, peak_wset=7)
-    monkeypatch.setattr(common.memory, "_process", lambda _: SimpleNamespace(memory_info=lambda: held))
-    monkeypatch.setattr(common.memory.sys, "platform", "win32")
-    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
-    assert common.memory.process_memory() == MemoryUse(5, 7)
