@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.data.tokens import TokenDataset
-from common.engine import MicroBatch, StepBatch
+from common.engine import Array, MicroBatch, StepBatch
 from common.layout import make_micro_batch
+from common.prefixes import Prefixes, find_prefixes
 from common.rows import RowOrder, pack, single
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class BatchPlan:
     max_steps: int = -1
     capacity: int | None = None  # positions of a packed row; None: a row is one example
     group_by_length: bool = False
+    prefix_sharing: bool = False
 
     @classmethod
     def of(cls, data: TokenDataset, config: TrainConfig) -> BatchPlan:
@@ -49,13 +51,27 @@ class BatchPlan:
             max_steps=config.max_steps,
             capacity=config.row_capacity,
             group_by_length=config.group_by_length,
+            prefix_sharing=config.prefix_sharing,
         )
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """Know what the examples of a packed row share."""
+        return _prefixes(self.data, self.capacity, self.prefix_sharing)
 
     @cached_property
     def rows(self) -> RowOrder:
         """Know the rows of every epoch."""
         group = self.batch_size * self.accumulation if self.group_by_length else None
-        return RowOrder(self.data.input_lengths(), self.seed, self.capacity, group)
+        return RowOrder(self.data.input_lengths(), self.seed, self.capacity, group, self.prefixes)
+
+    @property
+    def row_lengths(self) -> Array:
+        """Count the positions of each row of the first epoch without padding, int64 (rows,)."""
+        rows = self.rows.of_epoch(0)
+        shared = self.prefixes.lengths[rows.members]
+        own = np.add.reduceat(self.data.input_lengths()[rows.members] - shared, rows.offsets[:-1])
+        return own + shared[rows.offsets[:-1]]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,7 +90,7 @@ class BatchPlan:
         order = self.rows.of_epoch(epoch)
         rows = [order[row] for row in range(within * size, min((within + 1) * size, len(order)))]
         micro = tuple(
-            make_micro_batch(self.data, rows[start : start + self.batch_size])
+            make_micro_batch(self.data, rows[start : start + self.batch_size], self.prefixes.lengths)
             for start in range(0, len(rows), self.batch_size)
         )
         return StepBatch(
@@ -87,12 +103,20 @@ class BatchPlan:
         )
 
 
-def evaluation_batches(data: TokenDataset, batch_size: int, capacity: int | None = None) -> Iterator[MicroBatch]:
+def evaluation_batches(
+    data: TokenDataset, batch_size: int, capacity: int | None = None, prefix_sharing: bool = False
+) -> Iterator[MicroBatch]:
     """Yield the whole data set in order, or packed into rows of `capacity`."""
     order = np.arange(len(data))
-    rows = pack(data.input_lengths(), capacity, order) if capacity else single(order)
+    prefixes = _prefixes(data, capacity, prefix_sharing)
+    rows = pack(data.input_lengths(), capacity, order, prefixes) if capacity else single(order)
     for start in range(0, len(rows), batch_size):
-        yield make_micro_batch(data, [rows[row] for row in range(start, min(start + batch_size, len(rows)))])
+        stop = min(start + batch_size, len(rows))
+        yield make_micro_batch(data, [rows[row] for row in range(start, stop)], prefixes.lengths)
+
+
+def _prefixes(data: TokenDataset, capacity: int | None, sharing: bool) -> Prefixes:
+    return find_prefixes(data, capacity) if capacity and sharing else Prefixes.none(len(data))
 
 
 def chain_hash(previous: str, batch: StepBatch) -> str:

@@ -43,7 +43,9 @@ class MicroBatch:
     """Hold the arrays of one forward and backward pass, each of shape (B, T).
 
     `targets[b, t]` is the token after `token_ids[b, t]`; `loss_mask[b, t]` says whether predicting it counts.
-    `segment_ids` number the examples of a row from 1 and are 0 on padding; `position_ids` restart with each.
+    `segment_ids` number the examples of a row from 1 and are 0 on padding; `position_ids` restart with each. What
+    several examples of a row begin with may stand there once, before them, as a segment of its own; the positions of
+    these examples then go on from it, and each attends to it and to itself (common/segments.py).
     """
 
     token_ids: Array  # int32

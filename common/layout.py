@@ -6,7 +6,6 @@ for every shape.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,8 +14,6 @@ import numpy as np
 from common.data.tokens import TokenDataset
 from common.engine import Array, MicroBatch
 
-LIKE_LENGTH = 0.75  # examples at least this share of the longest are computed side by side with it
-
 
 def padded_length(length: int, smallest: int = 16) -> int:
     """Round a length up to one of eight an octave, at least `smallest` apart."""
@@ -24,17 +21,22 @@ def padded_length(length: int, smallest: int = 16) -> int:
     return math.ceil(length / step) * step
 
 
-def make_micro_batch(data: TokenDataset, rows: Sequence[Sequence[int] | Array]) -> MicroBatch:
-    """Lay out rows of examples as (B, T): inputs are all but the last token of each, targets all but the first."""
-    counts = np.array([len(row) for row in rows])
-    examples = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    row_of, first = np.repeat(np.arange(len(rows)), counts), np.repeat(np.cumsum(counts) - counts, counts)
-    lengths = data.lengths[examples].astype(np.int64) - 1
-    begins = np.cumsum(lengths) - lengths  # where each example would begin, were all rows one
+def make_micro_batch(
+    data: TokenDataset, rows: Sequence[Sequence[int] | Array], prefixes: Array | None = None
+) -> MicroBatch:
+    """Lay out rows of examples as (B, T): inputs are all but the last token of each, targets all but the first.
+
+    The examples of a row have their first `prefixes[example]` tokens in common: these open it, once, as a segment of
+    their own.
+    """
+    examples, row_of, begins, ends = _segments(data, rows, prefixes)
+    first = np.searchsorted(row_of, row_of)  # segment of its row
+    lengths = ends - begins
+    before = np.cumsum(lengths) - lengths  # positions, were all rows one
     shape = (len(rows), padded_length(int(np.bincount(row_of, lengths).max())))
-    positions = np.arange(lengths.sum()) - np.repeat(begins, lengths)
+    positions = np.arange(lengths.sum()) - np.repeat(before - begins, lengths)
     source = np.repeat(data.starts[examples], lengths) + positions
-    place = np.repeat(row_of * shape[1] + begins - begins[first], lengths) + positions
+    place = np.repeat(row_of * shape[1] - before[first], lengths) + np.arange(len(positions))
     segments = np.repeat(np.arange(len(examples)) - first + 1, lengths)
 
     def laid_out(values: Array, dtype: type) -> Array:
@@ -49,6 +51,22 @@ def make_micro_batch(data: TokenDataset, rows: Sequence[Sequence[int] | Array]) 
         laid_out(positions, np.int32),
         laid_out(data.loss_mask[source + 1], np.bool_),
     )
+
+
+def _segments(
+    data: TokenDataset, rows: Sequence[Sequence[int] | Array], prefixes: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """Return of every segment the example it is read from, its row, and its first position and the one after it."""
+    examples = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    begins = np.zeros_like(examples) if prefixes is None else prefixes[examples]
+    ends = data.lengths[examples].astype(np.int64) - 1
+    # The first example of a row gives what the row shares too.
+    opens = (begins > 0) & (np.diff(row_of, prepend=-1) > 0)
+    examples, row_of, begins, ends = (np.repeat(each, 1 + opens) for each in (examples, row_of, begins, ends))
+    opening = np.flatnonzero(opens) + np.arange(opens.sum())
+    begins[opening], ends[opening] = 0, begins[opening]
+    return examples, row_of, begins, ends
 
 
 def supervised_positions(batch: MicroBatch) -> tuple[Array, Array, Array]:
@@ -77,69 +95,8 @@ def split_by_length(batch: MicroBatch, parts: int) -> list[MicroBatch]:
 
 
 def is_packed(batch: MicroBatch) -> bool:
-    """Tell whether a row holds more than one example."""
+    """Tell whether a row holds more than one segment."""
     return int(batch.segment_ids.max()) > 1
-
-
-def end_to_end(batch: MicroBatch, parts: int = 1) -> list[MicroBatch]:
-    """Lay the examples of a micro-batch one after the other into a row (1, N) without padding, or several.
-
-    Several rows get about as many tokens each, and examples of like length; `segment_ids` count from 1 in each.
-    """
-    spans = _spans(batch)
-    lengths = spans[:, 1] - spans[:, 0]
-    shortest_first = np.argsort(lengths, kind="stable")
-    ends = np.cumsum(lengths[shortest_first])
-    part_of = (2 * ends - lengths[shortest_first]) * parts // (2 * ends[-1])  # where the middle of an example falls
-    groups = (
-        [np.sort(shortest_first[part_of == part]) for part in range(parts)] if parts > 1 else [np.arange(len(spans))]
-    )
-    return [_concatenated(batch, spans[group]) for group in groups if len(group)]
-
-
-def example_lengths(row: MicroBatch) -> Array:
-    """Return the lengths of the examples of a row that `end_to_end` made."""
-    return np.bincount(row.segment_ids[0])[1:]
-
-
-def side_by_side(lengths: Array) -> list[Array]:
-    """Arrange examples that stand end to end as rows again, those of like length together.
-
-    Returns an index (S, T) into the row for each group of S examples, T the longest of them; padding is -1. Padding
-    is at most a quarter, for at most as many groups as lengths fall by a quarter.
-    """
-    starts = np.cumsum(lengths) - lengths
-    longest_first = np.argsort(-lengths, kind="stable")
-    groups: list[list[int]] = []
-    for example in longest_first:
-        if not groups or lengths[example] < LIKE_LENGTH * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(int(example))
-    indices = []
-    for group in groups:
-        columns = np.arange(lengths[group].max())
-        inside = columns < lengths[group][:, None]
-        indices.append(np.where(inside, starts[group][:, None] + columns, -1).astype(np.int32))
-    return indices
-
-
-def _spans(batch: MicroBatch) -> Array:
-    """Return [start, stop) of every example in the flat arrays (B * T), (examples, 2)."""
-    rows, width = batch.segment_ids.shape
-    numbered = np.where(batch.segment_ids > 0, batch.segment_ids + np.arange(rows)[:, None] * (width + 1), 0).reshape(
-        -1
-    )
-    edges = [0, *(np.flatnonzero(np.diff(numbered)) + 1).tolist(), len(numbered)]
-    return np.array([(start, stop) for start, stop in itertools.pairwise(edges) if numbered[start]])
-
-
-def _concatenated(batch: MicroBatch, spans: Array) -> MicroBatch:
-    lengths = spans[:, 1] - spans[:, 0]
-    index = np.concatenate([np.arange(start, stop) for start, stop in spans])
-    segments = np.repeat(np.arange(1, len(spans) + 1, dtype=np.int32), lengths)
-    arrays = (batch.token_ids, batch.targets, batch.position_ids, batch.loss_mask)
-    token_ids, targets, positions, loss_mask = (array.reshape(-1)[index][None] for array in arrays)
-    return MicroBatch(token_ids, targets, segments[None], positions, loss_mask)
 
 
 def _select(batch: MicroBatch, place: tuple) -> MicroBatch:

@@ -194,7 +194,8 @@ class Trainer:
     def _evaluate(self, data: TokenDataset) -> float | None:
         """Measure the validation loss and compare it with the best; None where it is not finite."""
         config, progress = self._config, self.progress
-        loss = mean_loss(self._engine, data, config.per_device_eval_batch_size, config.row_capacity)
+        batch_size = config.per_device_eval_batch_size
+        loss = mean_loss(self._engine, data, batch_size, config.row_capacity, config.prefix_sharing)
         progress.best = progress.best.after(loss, progress.step)
         return loss if math.isfinite(loss) else None
 
@@ -251,16 +252,20 @@ class Trainer:
         )
 
 
-def mean_loss(engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None) -> float:
+def mean_loss(
+    engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None, prefix_sharing: bool = False
+) -> float:
     """Return the loss in nats a supervised token over a whole data set."""
-    loss_sum, count = total_loss(engine, data, batch_size, capacity)
+    loss_sum, count = total_loss(engine, data, batch_size, capacity, prefix_sharing)
     return loss_sum / count
 
 
-def total_loss(engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None) -> tuple[float, int]:
+def total_loss(
+    engine: Engine, data: TokenDataset, batch_size: int, capacity: int | None = None, prefix_sharing: bool = False
+) -> tuple[float, int]:
     """Return the summed loss in nats and the number of supervised tokens of a data set."""
     loss_sum, count, pending = 0.0, 0, None
-    batches = evaluation_batches(data, batch_size, capacity)
+    batches = evaluation_batches(data, batch_size, capacity, prefix_sharing)
     for batch in itertools.chain(batches, [None]):
         launched = engine.eval_step(batch) if batch else None
         if pending is not None:

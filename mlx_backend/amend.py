@@ -1,7 +1,7 @@
 """What a checkpoint's config asks for and mlx-lm's code of its architecture leaves out, put in after loading.
 
 Sliding windows (mlx-lm lets every layer of Mistral, Gemma 2 and Phi 3 see all tokens), Gemma 2's padded batches and
-long rows, Gemma 3's embedding scale (rounded to bfloat16 whatever the dtype) and YaRN's unrounded range (GPT-OSS). Each
+scores, Gemma 3's embedding scale (rounded to bfloat16 whatever the dtype) and YaRN's unrounded range (GPT-OSS). Each
 single instance gets a method of its own (`specialise`) or another table of frequencies; of an architecture nothing is
 written again but the few lines of Gemma 2's attention.
 The cost of the windows: a cache keeps all tokens of a sliding layer in generation, masked, where mlx-lm's own sliding
@@ -21,7 +21,7 @@ from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_backend.blockwise import Sight
 from mlx_backend.dialect import layer_windows
-from mlx_backend.long_rows import LONG, attend, attention_mask
+from mlx_backend.long_rows import attend, attention_mask
 from mlx_backend.tree import decoder_layers, specialise
 
 
@@ -52,15 +52,15 @@ def _see_window(layer: nn.Module, window: int) -> None:
 
 
 def _cap_blockwise(attention: nn.Module) -> None:
-    """Let Gemma 2's attention, which mlx-lm writes out with all its scores, go blockwise in long rows.
+    """Let Gemma 2's attention, which mlx-lm writes out with all its scores, go blockwise.
 
-    In short ones, and with a cache, it stays; a padded batch's mask (B, 1, L, S) gets an axis for the groups that its
-    scores have, where B would fall.
+    With a cache it stays; a padded batch's mask (B, 1, L, S) gets an axis for the groups that its scores have, where
+    B would fall.
     """
     original = type(attention).__call__
 
     def capped(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if cache is not None or (x.shape[1] <= LONG and not isinstance(mask, Sight)):
+        if cache is not None:
             each_row = isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1
             return original(self, x, mask[:, :, None] if each_row else mask, cache)
         queries, keys, values = (

@@ -30,6 +30,9 @@ class Sight:
     window: int | None = None  # only the last so many, its own included
     segment_ids: mx.array | None = None  # (B, L): only those of the same number
     reach: int | None = None  # no segment is longer than this, where that is known; it hides nothing
+    continued: mx.array | None = None  # (B, L): of this segment's number too, which stands first in the row
+    positions: mx.array | None = None  # (B, L): windows go by these, which go on where a segment continues another
+    shared: int = 0  # no continued segment is longer than this; it hides nothing
     allowed: mx.array | None = None  # only where this is true, up to four axes that fit (B, H, L, L)
 
     def dense(self, length: int) -> mx.array:
@@ -41,21 +44,30 @@ class Sight:
             mask = mask & self.by_segment(whole, whole)
         return mask if self.allowed is None else mask & self.allowed
 
-    def blocks(self, length: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Yield each block of queries with the blocks of keys that any of them sees."""
-        limits = [limit for limit in (self.window, self.reach) if limit is not None and self.causal]
-        furthest = min(limits, default=length)
-        wanted = min(furthest, max(BLOCK, length // 16))
+    def grid(self, length: int) -> list[slice]:
+        """Divide positions into blocks of keys."""
+        wanted = min(self._furthest(length), max(BLOCK, length // 16))
         size = 1 << (min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
-        grid = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-        for number, rows in enumerate(grid):
-            first = max(0, rows.start - furthest + 1) // size
-            yield rows, grid[first : number + 1] if self.causal else grid
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def blocks(self, length: int, queries: int) -> Iterator[tuple[slice, list[slice]]]:
+        """Yield each block of the last so many positions with the blocks of keys that any of them sees."""
+        grid, furthest = self.grid(length), self._furthest(length)
+        size = grid[0].stop
+        for start in range(length - queries, length, size):
+            rows = slice(start, min(start + size, length))
+            first = max(0, start - furthest + 1) // size
+            shared = grid[: min(first, -(-self.shared // size))]
+            yield rows, [*shared, *grid[first : -(-rows.stop // size)]] if self.causal else grid
+
+    def _furthest(self, length: int) -> int:
+        return min([limit for limit in (self.window, self.reach) if limit is not None and self.causal], default=length)
 
     def by_position(self, rows: slice, columns: slice) -> mx.array | None:
-        """Return the mask (rows, columns) that follows from the order of positions, None where all are seen."""
+        """Return the mask (rows, columns) that follows from where tokens stand in a row, None where all are seen."""
         hides_later = self.causal and columns.stop - 1 > rows.start
         hides_earlier = self.window is not None and rows.stop - 1 - columns.start >= self.window
+        hides_earlier = hides_earlier and self.positions is None
         if not (hides_later or hides_earlier):
             return None
         distance = mx.arange(rows.start, rows.stop)[:, None] - mx.arange(columns.start, columns.stop)[None]
@@ -65,7 +77,17 @@ class Sight:
     def by_segment(self, rows: slice, columns: slice) -> mx.array:
         """Return the mask (B, 1, rows, columns) that keeps segments apart."""
         assert self.segment_ids is not None
-        return self.segment_ids[:, None, rows, None] == self.segment_ids[:, None, None, columns]
+        keys = self.segment_ids[:, None, None, columns]
+        shown = self.segment_ids[:, None, rows, None] == keys
+        if self.continued is not None:
+            shown = shown | (self.continued[:, None, rows, None] == keys)
+        if self.positions is not None and self.window is not None:
+            distance = self.positions[:, None, rows, None] - self.positions[:, None, None, columns]
+            shown = shown & (distance < self.window)
+        return shown
+
+
+ARRAYS = ("segment_ids", "continued", "positions", "allowed")  # of a Sight
 
 
 def blockwise_attention(
@@ -79,18 +101,19 @@ def blockwise_attention(
 ) -> mx.array:
     """Compute softmax(scale * Q K^T) V over the keys that each query sees; zero where it sees none.
 
-    Queries are (B, H, L, D), keys (B, H_kv, L, D), values (B, H_kv, L, E), the result is (B, H, L, E) in the queries'
-    dtype; sums and exponentials are float32. `sinks` (H,) are one more score of each query, without a value; with a
-    `soft_cap` c scores s become c tanh(s / c).
+    Keys are (B, H_kv, L, D), values (B, H_kv, L, E), queries (B, H, Q, D) those of the last Q of the L positions; the
+    result is (B, H, Q, E) in their dtype; sums and exponentials are float32. `sinks` (H,) are one more score of each
+    query, without a value; with a `soft_cap` c scores s become c tanh(s / c).
     """
-    batch, heads, length, _ = queries.shape
+    batch, heads, number, _ = queries.shape
     groups = keys.shape[1], heads // keys.shape[1]
-    arrays = {"segment_ids": sight.segment_ids, "allowed": _grouped(sight.allowed, groups, length)}
+    arrays = {name: getattr(sight, name) for name in ARRAYS}
+    arrays["allowed"] = _grouped(sight.allowed, groups, keys.shape[2])
     arrays["sinks"] = None if sinks is None else sinks.astype(mx.float32).reshape(*groups, 1, 1)
-    grouped = (queries * scale).reshape(batch, *groups, length, -1)
+    grouped = (queries * scale).reshape(batch, *groups, number, -1)
     attention = _attention(sight, soft_cap)
     out, _ = attention(grouped, keys, values, {name: each for name, each in arrays.items() if each is not None})
-    return out.reshape(batch, heads, length, -1)
+    return out.reshape(batch, heads, number, -1)
 
 
 def _grouped(allowed: mx.array | None, groups: tuple[int, int], length: int) -> mx.array | None:
@@ -136,8 +159,7 @@ class _Scores:
 
     @classmethod
     def of(cls, sight: Sight, soft_cap: float | None, arrays: Mapping[str, mx.array]) -> _Scores:
-        masks = {name: arrays.get(name) for name in ("segment_ids", "allowed")}
-        return cls(replace(sight, **masks), soft_cap)
+        return cls(replace(sight, **{name: arrays.get(name) for name in ARRAYS}), soft_cap)
 
     def __call__(
         self, queries: mx.array, keys: mx.array, rows: slice, columns: slice
@@ -171,8 +193,9 @@ def _forward(
     A block waits for the one before, lest the scores of all live at once.
     """
     outputs, logs, before = [], [], []
-    for rows, seen in scores.sight.blocks(queries.shape[-2]):
-        query = queries[..., rows, :].flatten(2, 3)
+    length, number = keys.shape[-2], queries.shape[-2]
+    for rows, seen in scores.sight.blocks(length, number):
+        query = queries[..., _among(rows, length - number), :].flatten(2, 3)
         highest, total, out = mx.array(HIDDEN), mx.array(0.0), mx.array(0.0)
         for columns in seen:
             query = mx.depends(query, before) if before else query
@@ -209,8 +232,10 @@ def _backward(
     d_keys: dict[int, Any] = {}
     d_values: dict[int, Any] = {}
     before: list[mx.array] = []
-    for rows, seen in scores.sight.blocks(queries.shape[-2]):
-        query, d_part, log, part_delta = (each[..., rows, :].flatten(2, 3) for each in (queries, d_out, logs, delta))
+    length, number = keys.shape[-2], queries.shape[-2]
+    for rows, seen in scores.sight.blocks(length, number):
+        own = _among(rows, length - number)
+        query, d_part, log, part_delta = (each[..., own, :].flatten(2, 3) for each in (queries, d_out, logs, delta))
         d_query: Any = 0
         for columns in seen:
             query, d_part = mx.depends([query, d_part], before) if before else (query, d_part)
@@ -226,7 +251,16 @@ def _backward(
             before = [d_query, d_keys[place], d_values[place]]
         d_queries.append(mx.unflatten(d_query, 2, (-1, rows.stop - rows.start)).astype(queries.dtype))
     d_key, d_value = (
-        mx.concatenate([parts[place] for place in sorted(parts)], axis=-2).astype(like.dtype)
+        # What is out of the window of all queries was never met.
+        mx.concatenate(
+            [parts.get(columns.start, mx.zeros_like(like[:, :, columns])) for columns in scores.sight.grid(length)],
+            axis=-2,
+        ).astype(like.dtype)
         for parts, like in ((d_keys, keys), (d_values, values))
     )
     return mx.concatenate(d_queries, axis=-2), d_key, d_value
+
+
+def _among(rows: slice, first: int) -> slice:
+    """Find positions among those from the first query on."""
+    return slice(rows.start - first, rows.stop - first)

@@ -31,7 +31,8 @@ from common.lora import (
 )
 from common.memory import process_memory
 from common.sampling import Sampling
-from mlx_backend.attention import Packing, SideBySide, reach, separate_examples
+from mlx_backend.arrangement import SideBySide, masking
+from mlx_backend.attention import Packing, separate_examples
 from mlx_backend.budget import Limits
 from mlx_backend.checkpointing import checkpoint_layers
 from mlx_backend.dialect import refuse_half_experts, refuse_unlike
@@ -225,7 +226,7 @@ class MLXEngine:
         if is_packed(rows):
             assert self._packs, "a packed batch for an engine whose config says packing: false"
             if self._on_gpu:
-                part |= {"segment_ids": mx.array(rows.segment_ids), "reach": reach(rows.segment_ids)}
+                part["masking"] = masking(rows)
             else:
                 part["arrangement"] = SideBySide(rows)
         return part

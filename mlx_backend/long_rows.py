@@ -8,7 +8,7 @@ cache, which is generation, both are mlx-lm's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -38,15 +38,18 @@ def attend(
 ) -> mx.array:
     """Compute attention as mlx-lm's `scaled_dot_product_attention`, without L x L scores where rows are long.
 
-    A soft cap, which no kernel of MLX has, is always computed blockwise.
+    Without a cache there may be fewer queries than keys, then the last ones, under a mask for as many as there are
+    keys. A soft cap, which no kernel of MLX has, is always computed blockwise.
     """
-    length = queries.shape[2]
-    as_sight = None if cache is not None or keys.shape[2] != length else sight_of(mask)
-    is_long = length > LONG and not _has_backward_kernel(queries, values, sinks)
-    if as_sight is not None and (is_long or soft_cap is not None):
-        return blockwise_attention(queries, keys, values, scale, as_sight, sinks, soft_cap)
+    if cache is None:
+        number, length = queries.shape[2], keys.shape[2]
+        as_sight = sight_of(mask)
+        is_long = length > LONG and not _has_backward_kernel(queries, values, sinks)
+        if as_sight is not None and (is_long or soft_cap is not None):
+            return blockwise_attention(queries, keys, values, scale, as_sight, sinks, soft_cap)
+        mask = mask.dense(length) if isinstance(mask, Sight) else mask
+        mask = mask[..., length - number :, :] if isinstance(mask, mx.array) else mask
     assert soft_cap is None
-    mask = mask.dense(length) if isinstance(mask, Sight) else mask
     return base.scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -60,29 +63,36 @@ def sight_of(mask: Mask) -> Sight | None:
 def attention_mask(
     hidden: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
 ) -> Mask:
-    """Make the mask that mlx-lm's `create_attention_mask` makes; of long rows without a cache, a window as a Sight."""
+    """Make the mask that mlx-lm's `create_attention_mask` makes; without a cache, a window as a Sight."""
     length = hidden.shape[1]
-    if cache is None and window_size and length > max(window_size, LONG):
+    if cache is None and window_size and length > window_size:
         return Sight(window=window_size)
     return base.create_attention_mask(hidden, cache, window_size=window_size, return_array=return_array)
 
 
 def lighten_attention(model: nn.Module) -> None:
     """Put this file's functions where the code of a model's modules calls mlx-lm's."""
-    names = {"scaled_dot_product_attention": attend, "create_attention_mask": attention_mask}
+    functions = {"scaled_dot_product_attention": attend, "create_attention_mask": attention_mask}
     for module in model.modules():
         for method, function in _methods(type(module)):
-            if not names.keys().isdisjoint(_names(function.__code__)):
-                specialise(module, method, _with_names(function, names))
+            if not functions.keys().isdisjoint(_names(function.__code__)):
+                specialise(module, method, _with_names(function, functions))
 
 
-def takes_sight(attention: nn.Module) -> bool:
-    """Tell whether a module's code hands its mask to `attend`."""
-    return any(
-        function.__globals__.get(name) is attend
-        for _, function in _methods(type(attention))
-        for name in _names(function.__code__)
-    )
+def hand_attend(attention: nn.Module, other: Callable[..., mx.array]) -> None:
+    """Let a module's code call another function where it calls `attend`."""
+    for method, function in _methods(type(attention)):
+        if names := _names_of_attend(function):
+            specialise(attention, method, _with_names(function, dict.fromkeys(names, other)))
+
+
+def calls_attend(attention: nn.Module) -> bool:
+    """Tell whether a module's code calls `attend`."""
+    return any(_names_of_attend(function) for _, function in _methods(type(attention)))
+
+
+def _names_of_attend(function: FunctionType) -> list[str]:
+    return [name for name in _names(function.__code__) if function.__globals__.get(name) is attend]
 
 
 def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:

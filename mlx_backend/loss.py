@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,8 @@ from mlx.utils import tree_map
 
 from common.flat import FlatLayout
 from common.logits import AfterHead
-from mlx_backend.attention import Arrangement, Masked, Packing
+from mlx_backend.arrangement import Arrangement, Masked
+from mlx_backend.attention import Packing
 from mlx_backend.head import Head, HeadSelection, finished
 from mlx_backend.lora import Adapter
 from mlx_backend.streams import custom_gradient
@@ -63,20 +65,19 @@ class LossFunction:
         targets: mx.array,
         counted: mx.array,
         dropout_key: mx.array | None = None,
-        segment_ids: mx.array | None = None,
-        reach: int | None = None,
+        masking: Mapping[str, Any] | None = None,
         arrangement: Arrangement | None = None,
         training: bool = True,
     ) -> mx.array:
         """Sum the cross-entropy in nats over `positions` (N,) of `token_ids` (B, T), weighted by `counted` (N,).
 
-        Rows of several examples come with their `segment_ids` (B, T), and a length that none exceeds, or with a ready
-        arrangement. A gradient can be taken in `training` alone.
+        Rows of several examples come with what `arrangement.masking` says of them, or with a ready arrangement. A
+        gradient can be taken in `training` alone.
         """
         self._adapter.bind(weights, dropout_key)
         selection = self._selection
         selection.positions, selection.leave_out = positions, self._head is not None
-        with self._packing.follow(arrangement if segment_ids is None else Masked(segment_ids, reach)):
+        with self._packing.follow(arrangement if masking is None else Masked(masking)):
             logits = self._model(token_ids)
         hidden = selection.hidden
         selection.positions, selection.leave_out, selection.hidden = None, False, None

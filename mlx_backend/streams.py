@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from common.cpus import available_cpus
 from common.engine import MicroBatch
-from common.layout import end_to_end, is_packed, split_by_length
+from common.layout import is_packed, split_by_length
+from common.segments import end_to_end
 from mlx_backend.blas import set_blas_threads
 
 

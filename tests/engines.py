@@ -30,13 +30,14 @@ def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **setting
     return engine
 
 
-def make_batches(examples: int = 22, seed: int = 0, vocabulary: int = 400) -> TokenDataset:
-    """Make examples of 5 to 45 random tokens whose second part is supervised."""
+def make_batches(examples: int = 22, seed: int = 0, vocabulary: int = 400, beginning: int = 0) -> TokenDataset:
+    """Make examples of 5 to 45 random tokens, the second part of them supervised, after some that all begin with."""
     rng = np.random.default_rng(seed)
-    rows = []
+    rows, same = [], np.random.default_rng(seed + 1).integers(0, vocabulary, beginning).tolist()
     for index in range(examples):
         length = int(rng.integers(5, 46))
         answer = int(rng.integers(1, length - 1))
         ids = rng.integers(0, vocabulary, length).tolist()
-        rows.append((ids, [position >= answer for position in range(length)], f"made:{index + 1}"))
+        mask = [False] * beginning + [position >= answer for position in range(length)]
+        rows.append((same + ids, mask, f"made:{index + 1}"))
     return build_dataset(rows)

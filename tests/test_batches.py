@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_data import datasets
+from made_data import alike_datasets, datasets, examples_in, examples_of
 
 from common.batches import BatchPlan, chain_hash, evaluation_batches
 from common.data.tokens import TokenDataset, build_dataset
@@ -158,6 +158,60 @@ def test_packed_evaluation_counts_every_supervised_token(data, batch_size):
     assert sum(int(batch.loss_mask.sum()) for batch in batches) == sum(
         int(data.mask(row)[1:].sum()) for row in range(len(data))
     )
+
+
+def sharing(data: TokenDataset, **settings) -> BatchPlan:
+    return BatchPlan(data, 2, 2, seed=3, num_train_epochs=2, capacity=100, prefix_sharing=True, **settings)
+
+
+@given(alike_datasets())
+def test_steps_that_share_hold_every_example_once_an_epoch_and_whole(data):
+    plan = sharing(data)
+    for epoch in (0, 1):
+        batches = [plan.step_batch(plan.steps_per_epoch * epoch + step + 1) for step in range(plan.steps_per_epoch)]
+        micros = [micro for batch in batches for micro in batch.micro_batches]
+        assert sorted(example for batch in batches for example in batch.examples) == list(range(len(data)))
+        assert sorted(example for micro in micros for example in examples_of(micro)) == sorted(examples_in(data))
+        assert sum(batch.num_loss_tokens for batch in batches) == sum(map(sum, (e[3] for e in examples_in(data))))
+        used = [int(row.sum()) for micro in micros for row in micro.segment_ids > 0]
+        assert max(used) <= 100 and sorted(used) == sorted(plan.row_lengths.tolist())
+        assert sum(batch.num_tokens for batch in batches) == sum(used)
+
+
+def with_a_system_prompt(count: int) -> TokenDataset:
+    random = np.random.default_rng(0)
+    rows = [[*range(1, 41), *random.integers(50, 99, random.integers(4, 20)).tolist()] for _ in range(count)]
+    return build_dataset([(row, [False] * (len(row) - 2) + [True] * 2, "made") for row in rows])
+
+
+def test_a_shared_beginning_is_computed_once_a_row():
+    data = with_a_system_prompt(30)
+    plan = sharing(data)
+    own = int(data.input_lengths().sum()) - 30 * 40
+    assert plan.row_lengths.sum() == own + 40 * len(plan.rows) and len(plan.rows) < 12
+    assert plan.steps_per_epoch < dataclasses.replace(plan, prefix_sharing=False).steps_per_epoch
+
+
+def test_shared_batches_of_a_resumed_run_are_those_of_the_whole():
+    data = with_a_system_prompt(40)
+    whole, resumed = sharing(data), sharing(data)
+    for step in (whole.total_steps, 2):  # out of order, as after a resume
+        assert chain_hash("", resumed.step_batch(step)) == chain_hash("", whole.step_batch(step))
+    unshared = dataclasses.replace(whole, prefix_sharing=False)
+    assert chain_hash("", whole.step_batch(1)) != chain_hash("", unshared.step_batch(1))
+
+
+def test_rows_that_are_not_packed_share_nothing():
+    plan = dataclasses.replace(sharing(with_a_system_prompt(10)), capacity=None)
+    assert plan.row_lengths.sum() == plan.data.input_lengths().sum() and not plan.prefixes.lengths.any()
+
+
+@given(alike_datasets(), st.integers(1, 3))
+def test_shared_evaluation_sees_every_supervised_token_once(data, batch_size):
+    batches = list(evaluation_batches(data, batch_size, capacity=100, prefix_sharing=True))
+    assert sorted(example for batch in batches for example in examples_of(batch)) == sorted(examples_in(data))
+    expected = sum(int(data.mask(row)[1:].sum()) for row in range(len(data)))
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == expected
 
 
 def test_grouped_steps_pad_less():

@@ -11,11 +11,14 @@ import mlx_backend.long_rows
 from common.batches import BatchPlan
 from common.engine import TrainState
 from mlx_backend.blockwise import Sight, blockwise_attention
-from mlx_backend.long_rows import attend, takes_sight
+from mlx_backend.long_rows import attend, calls_attend
 from mlx_backend.tree import decoder_layers
 
 ROWS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 4, 2, 8, 6
-KINDS = ["causal", "all", "window", "segments", "segments of known reach", "segments and window", "any", "any by head"]
+KINDS = [
+    *("causal", "all", "window", "segments", "segments of known reach", "segments and window"),
+    *("continued", "continued and window", "any", "any by head"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,17 @@ def sight_and_mask(kind: str, length: int, rng: np.random.Generator) -> tuple[Si
     segments = np.sort(rng.integers(0, 5, (ROWS, length)), axis=-1)
     same = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
     longest = max(int(np.bincount(row).max()) for row in segments)
+    # All but the first segment of a row continue it.
+    shared = (segments == segments[:, :1]).sum(axis=-1, keepdims=True)
+    begins = np.stack([np.searchsorted(row, row) for row in segments])
+    positions = np.arange(length) - begins + np.where(begins > 0, shared, 0)
+    onward = same | (causal & (np.arange(length) < shared)[:, None, None, :])
+    away = (positions[:, :, None] - positions[:, None, :])[:, None]
+    continued = {
+        "continued": mx.array(np.where(begins > 0, segments[:, :1], -1)),
+        "positions": mx.array(positions),
+        "shared": int(shared.max()),
+    }
     ids, some, by_head = mx.array(segments), rng.random((length, length)) < 0.2, rng.random(causal.shape) < 0.2
     return {
         "causal": (Sight(), causal),
@@ -39,6 +53,8 @@ def sight_and_mask(kind: str, length: int, rng: np.random.Generator) -> tuple[Si
         "segments": (Sight(segment_ids=ids), same),
         "segments of known reach": (Sight(segment_ids=ids, reach=longest), same),
         "segments and window": (Sight(window=3, segment_ids=ids), same & (back < 3)),
+        "continued": (Sight(segment_ids=ids, reach=longest, **continued), onward),
+        "continued and window": (Sight(window=6, segment_ids=ids, **continued), onward & (away < 6)),
         "any": (Sight(causal=False, allowed=mx.array(some)), np.broadcast_to(some, causal.shape)),
         "any by head": (Sight(allowed=mx.array(by_head)), by_head & causal),
     }[kind]
@@ -80,6 +96,27 @@ def test_output_and_gradients_are_those_of_the_plain_formula(kind, length, with_
     np.testing.assert_array_equal(  # the same, written out for attention that takes an array
         np.broadcast_to(np.array(sight.dense(length)), mask.shape), mask
     )
+
+
+@pytest.mark.parametrize("number", [1, 9, 20])
+@pytest.mark.parametrize("kind", ["causal", "window", "any by head"])
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_the_last_queries_alone_give_what_they_give_among_all(kind, number, soft_cap):
+    rng = np.random.default_rng(number)
+    sight, mask = sight_and_mask(kind, 37, rng)
+    queries, *others = arrays(37, rng)
+    towards = mx.array(rng.normal(size=(ROWS, HEADS, number, VALUE_WIDTH)).astype(np.float32))
+
+    def ours(q, k, v, sinks):
+        return (blockwise_attention(q, k, v, 0.3, sight, sinks, soft_cap) * towards).sum()
+
+    def expected(q, k, v, sinks):
+        whole = mx.concatenate([queries[:, :, :-number], q], axis=2)
+        return (plain(whole, k, v, sinks, 0.3, mx.array(mask), soft_cap)[:, :, -number:] * towards).sum()
+
+    inputs = [queries[:, :, -number:], *others]
+    for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)
 
 
 def _values(function, inputs: list[mx.array]) -> list[np.ndarray]:
@@ -126,7 +163,7 @@ def test_half_precision_is_near_and_stays_half(dtype: mx.Dtype) -> None:
     ],
 )
 def test_blocks_that_nobody_sees_are_left_out(sight: Sight, pairs: int) -> None:
-    assert sum(len(seen) for _, seen in sight.blocks(40)) == pairs
+    assert sum(len(seen) for _, seen in sight.blocks(40, 40)) == pairs
 
 
 def test_it_compiles_with_packed_rows_inside_a_checkpoint() -> None:
@@ -174,8 +211,7 @@ def test_every_architecture_trains_alike_with_long_and_with_short_rows(family, p
     )
     found = []
     for long in (10**6, 4):
-        for module in ("long_rows", "amend"):
-            monkeypatch.setattr(f"mlx_backend.{module}.LONG", long)
+        monkeypatch.setattr(mlx_backend.long_rows, "LONG", long)
         settings = {"packing": packing, "gradient_checkpointing": packing and long == 4, "max_seq_length": longest}
         engine = open_fresh("mlx", base, max_grad_norm=0, **settings)
         rng = np.random.default_rng(1)
@@ -183,11 +219,11 @@ def test_every_architecture_trains_alike_with_long_and_with_short_rows(family, p
         engine.load_state(TrainState.fresh({key: rng.normal(0, 0.1, of).astype(np.float32) for key, of in shapes}))
         calls.clear()
         result = engine.fetch(engine.train_step(plan.step_batch(1), 1e-3))
-        assert bool(calls) == (long == 4)
+        assert bool(calls) == (long == 4 or family == "gemma2")  # no kernel has its soft cap
         found.append((result.loss_sum, engine.read_state().moment1))
-        # Packing's own hook hides the code that takes a Sight.
+        # Packing puts a function of its own where `attend` is called.
         attentions = [layer.self_attn for layer in decoder_layers(engine._model) if "self_attn" in layer]
-    assert packing or all(map(takes_sight, attentions))
+    assert packing or all(map(calls_attend, attentions))
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-6)
     for key, expected in found[0][1].items():
         np.testing.assert_allclose(found[1][1][key], expected, atol=3e-5 * np.abs(expected).max(), rtol=0)

@@ -151,6 +151,7 @@ def test_a_typo_is_not_reported_again_as_a_missing_key():
         ("warmup_steps: 2\nwarmup_ratio: 0.1", ("warmup_ratio", "warmup_steps")),
         ("eval_strategy: epoch", ("eval_strategy", "data.validation")),
         ("packing: true\ngroup_by_length: true", ("group_by_length", "packing")),
+        ("prefix_sharing: true", ("prefix_sharing: found true", "packing: true too")),
         ("num_train_epochs: 0", ("num_train_epochs", "max_steps: -1")),
         (
             "adapter_name_or_path: a\nlora: {init_lora_weights: pissa}",

@@ -1,40 +1,28 @@
 """What the Trainer does around each step is little: counted in calls, as times say nothing on a busy machine."""
 
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from calls import calls_of
 from rich.console import Console
 from tiny_run import Run, examples
 
 from common.batches import BatchPlan
+from common.data.tokens import build_dataset
 from common.layout import make_micro_batch
 from common.view.progress import LoggedReporter, PlainReporter
 
 
-def calls_of(function: Callable[[], object]) -> int:
-    """Count the calls of functions, Python's and C's, that a call makes."""
-    count = 0
-
-    def note(_: object, event: str, __: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
+@pytest.mark.parametrize("shared", [0, 4])
 @pytest.mark.parametrize("in_a_row", [1, 40])
-def test_a_batch_is_laid_out_in_as_many_calls_however_many_examples(in_a_row: int) -> None:
-    data = examples(80)
+def test_a_batch_is_laid_out_in_as_many_calls_however_many_examples(in_a_row: int, shared: int) -> None:
+    data = build_dataset([([1, 2, 3, 4, 5 + i, 6], [False] * 5 + [True], "made") for i in range(80)])
     rows = [range(start, start + in_a_row) for start in range(0, 2 * in_a_row, in_a_row)]
-    assert calls_of(lambda: make_micro_batch(data, rows)) < 150  # an array operation more is fine, one an example not
+    prefixes = np.full(80, shared)
+    # An array operation more is fine, one an example not.
+    assert calls_of(lambda: make_micro_batch(data, rows, prefixes)) < 150
 
 
 def train(folder: Path, steps: int) -> Run:

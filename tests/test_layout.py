@@ -5,61 +5,15 @@ import dataclasses
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from made_data import datasets
+from made_data import datasets, examples_in, examples_of, packed_batches, places_of
 
 from common.data.tokens import TokenDataset, build_dataset
 from common.engine import MicroBatch
-from common.layout import (
-    LIKE_LENGTH,
-    end_to_end,
-    example_lengths,
-    is_packed,
-    make_micro_batch,
-    padded_length,
-    side_by_side,
-    split_by_length,
-    supervised_positions,
-)
+from common.layout import is_packed, make_micro_batch, padded_length, split_by_length, supervised_positions
 
 
 def one_a_row(data: TokenDataset) -> list[list[int]]:
     return [[example] for example in range(len(data))]
-
-
-@st.composite
-def packed_batches(draw) -> tuple[TokenDataset, list[list[int]], MicroBatch]:
-    """Draw a data set and deal its examples out to rows in any way."""
-    data = draw(datasets())
-    rows: list[list[int]] = []
-    for example in range(len(data)):
-        if not rows or draw(st.booleans()):
-            rows.append([])
-        rows[-1].append(example)
-    return data, rows, make_micro_batch(data, rows)
-
-
-def examples_of(batch: MicroBatch) -> list[tuple]:
-    """Read every example out of a batch by its segment ids: tokens, targets, positions, mask."""
-    found = []
-    for row in range(len(batch.token_ids)):
-        for segment in range(1, batch.segment_ids[row].max() + 1):
-            here = batch.segment_ids[row] == segment
-            arrays = (batch.token_ids, batch.targets, batch.position_ids, batch.loss_mask)
-            found.append(tuple(tuple(array[row][here].tolist()) for array in arrays))
-    return found
-
-
-def examples_in(data: TokenDataset) -> list[tuple]:
-    """Give the same of the data set itself."""
-    return [
-        (
-            tuple(data.tokens(i)[:-1].tolist()),
-            tuple(data.tokens(i)[1:].tolist()),
-            tuple(range(len(data.tokens(i)) - 1)),
-            tuple(data.mask(i)[1:].tolist()),
-        )
-        for i in range(len(data))
-    ]
 
 
 @given(st.integers(1, 300_000))
@@ -143,51 +97,25 @@ def test_splitting_by_length_keeps_every_row_and_cuts_only_padding(data, parts):
 
 
 @given(packed_batches())
-def test_a_packed_row_holds_its_examples_one_after_the_other(drawn):
+def test_a_packed_row_holds_its_examples_one_after_the_other_and_what_they_share_once(drawn):
     data, rows, batch = drawn
     assert examples_of(batch) == examples_in(data)
-    for row, examples in enumerate(rows):
-        length = sum(len(data.tokens(example)) - 1 for example in examples)
-        assert (np.diff(batch.segment_ids[row, :length]) >= 0).all()
-        assert not batch.segment_ids[row, length:].any() and not batch.loss_mask[row, length:].any()
-    assert is_packed(batch) == any(len(row) > 1 for row in rows)
+    places = places_of(batch)
+    assert [row for row, *_ in places] == [row for row, examples in enumerate(rows) for _ in examples]
+    for row, segments in enumerate(batch.segment_ids):
+        here = [(columns, shared) for number, columns, shared in places if number == row]
+        length = here[0][1] + sum(len(columns) - shared for columns, shared in here)
+        assert (segments > 0).tolist() == [True] * length + [False] * (len(segments) - length)
+        assert (np.diff(segments[:length]) >= 0).all()
+        assert not batch.loss_mask[row, : here[0][1]].any() and not batch.loss_mask[row, length:].any()
+    assert is_packed(batch) == (len(data) > len(rows) or any(shared for *_, shared in places))
 
 
-@given(packed_batches(), st.integers(1, 4))
-def test_laying_examples_end_to_end_keeps_them_all_and_drops_all_padding(drawn, parts):
-    data, _, batch = drawn
-    laid = end_to_end(batch, parts)
-    assert 1 <= len(laid) <= parts
-    assert sorted(example for part in laid for example in examples_of(part)) == sorted(examples_in(data))
-    for part in laid:
-        assert part.segment_ids.min() == 1
-        assert example_lengths(part).tolist() == [len(tokens) for tokens, *_ in examples_of(part)]
-
-
-@given(packed_batches())
-def test_one_part_keeps_the_order(drawn):
-    data, _, batch = drawn
-    (row,) = end_to_end(batch)
-    assert examples_of(row) == examples_in(data)
-
-
-def test_parts_share_the_tokens_evenly():
-    lengths = [9, 40, 12, 31, 25, 11, 38, 8, 17, 30]
-    data = build_dataset([([1] * (n + 1), [True] * (n + 1), "made") for n in lengths])
-    parts = end_to_end(make_micro_batch(data, [range(10)]), 2)
-    # A boundary between examples is at most one example away from the middle.
-    assert abs(parts[0].token_ids.size - parts[1].token_ids.size) <= 40
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=20))
-def test_examples_side_by_side_are_whole_and_of_like_length(lengths):
-    starts = np.cumsum(lengths) - lengths
-    groups = side_by_side(np.array(lengths))
-    rows = [row[row >= 0].tolist() for group in groups for row in group]
-    assert sorted(rows) == sorted(
-        list(range(start, start + n)) for start, n in zip(starts.tolist(), lengths, strict=True)
-    )
-    for group in groups:
-        inside = group >= 0
-        assert (np.diff(inside.astype(int), axis=1) <= 0).all()  # padding is on the right
-        assert inside.sum(axis=1).min() >= LIKE_LENGTH * group.shape[1]
+def test_what_a_row_shares_stands_before_its_examples_which_go_on_from_it():
+    shared = [11, 12, 13]
+    data = build_dataset([([*shared, 20 + i, 30 + i], [False] * 4 + [True], "made") for i in range(2)])
+    batch = make_micro_batch(data, [[1, 0]], np.array([3, 3]))
+    assert batch.token_ids[0, :6].tolist() == [11, 12, 13, 21, 20, 0]
+    assert batch.segment_ids[0, :6].tolist() == [1, 1, 1, 2, 3, 0]
+    assert batch.position_ids[0, :6].tolist() == [0, 1, 2, 3, 3, 0]
+    assert batch.targets[0, 3:5].tolist() == [31, 30] and batch.loss_mask[0].sum() == 2

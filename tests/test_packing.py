@@ -1,23 +1,29 @@
 """Packed rows train what the same examples train one by one, on both engines and for every kind of attention."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from engines import ENGINES, make_batches, open_fresh
 from tiny_models import FAMILIES, write_family
 
 from common.batches import BatchPlan
+from common.data.tokens import TokenDataset
 from common.engine import Engine, StepBatch, TrainState
 from common.errors import UserError
-from common.layout import end_to_end, make_micro_batch
+from common.layout import make_micro_batch
 from common.sampling import Sampling
+from common.segments import end_to_end
 
 # The sum of some hundred float32 terms, in another order.
 LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5  # of the largest entry of a tensor
 
 
+Step = tuple[float, dict[str, np.ndarray]]  # loss and gradient
 PACKED = [(engine, name) for engine in ENGINES for name, family in FAMILIES.items() if engine in family.packs_on]
 UNPACKED = [(engine, name) for engine in ENGINES for name, family in FAMILIES.items() if engine not in family.packs_on]
 
@@ -39,22 +45,27 @@ def test_loss_and_gradient_are_those_of_the_examples_one_by_one(name, family, ch
     longest = FAMILIES[family].max_seq_length
     settings = {"packing": True, "gradient_checkpointing": checkpointing, "max_grad_norm": 0, "max_seq_length": longest}
     engine = open_fresh(name, checkpoints[family], **settings)
-    data = make_batches(14)
-    packed = BatchPlan(data, 2, 2, seed=0, num_train_epochs=1, capacity=min(120, longest)).step_batch(1)
-    assert max(micro.segment_ids.max() for micro in packed.micro_batches) > 1
-    alone = StepBatch(
-        packed.step,
-        packed.epoch,
-        tuple(make_micro_batch(data, [[example]]) for example in packed.examples),
-        packed.num_loss_tokens,
-        packed.num_tokens,
-        packed.examples,
-    )
-    (loss, gradient), (expected_loss, expected) = (gradient_of(engine, batch) for batch in (packed, alone))
-    assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
-    for key, tensor in expected.items():
-        assert np.abs(tensor).max() > 1e-6
-        np.testing.assert_allclose(gradient[key], tensor, atol=GRADIENT_TOLERANCE * np.abs(tensor).max(), rtol=0)
+    for beginning in (0, 12):
+        data = make_batches(14, beginning=beginning)
+        plan = BatchPlan(data, 2, 2, 0, 1, capacity=min(120, longest), prefix_sharing=True)
+        assert plan.prefixes.lengths.tolist() == [beginning] * 14
+        packed = plan.step_batch(1)
+        assert max(micro.segment_ids.max() for micro in packed.micro_batches) > 1 + (beginning > 0)
+        compare(*(gradient_of(engine, batch) for batch in (packed, one_by_one(data, packed))))
+
+
+def one_by_one(data: TokenDataset, batch: StepBatch) -> StepBatch:
+    """Give each example of a step a row and a micro-batch of its own."""
+    return replace(batch, micro_batches=tuple(make_micro_batch(data, [[example]]) for example in batch.examples))
+
+
+def compare(found: Step, expected: Step, tolerance: float = GRADIENT_TOLERANCE) -> None:
+    """Hold loss and gradients of two steps to be the same sums."""
+    assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
+    for key, tensor in expected[1].items():
+        largest = np.abs(tensor).max()
+        assert largest > 1e-6
+        np.testing.assert_allclose(found[1][key], tensor, atol=tolerance * largest, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "family"), UNPACKED)
@@ -90,22 +101,22 @@ def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints, monkeypa
     import mlx.core as mx
 
     from common.config import QuantizationConfig
-    from mlx_backend.attention import Masked, SideBySide, reach, separate_examples
+    from mlx_backend.arrangement import Masked, SideBySide, masking
+    from mlx_backend.attention import separate_examples
     from mlx_backend.model import choose_device, load_base
 
     choose_device("cpu")
     model = load_base(checkpoints[family], "float32", QuantizationConfig())
     packing = separate_examples(model, checkpoints[family])
     (row,) = end_to_end(make_micro_batch(make_batches(5), [range(5)]))
-    masked = Masked(mx.array(row.segment_ids), reach(row.segment_ids))
+    masked = Masked(masking(row))
 
     def logits(arrangement: Masked | SideBySide) -> np.ndarray:
         with packing.follow(arrangement):
             return np.array(model(mx.array(row.token_ids)))
 
     plain, beside = logits(masked), logits(SideBySide(row))
-    for module in ("long_rows", "amend"):
-        monkeypatch.setattr(f"mlx_backend.{module}.LONG", 4)
+    monkeypatch.setattr("mlx_backend.long_rows.LONG", 4)
     for name, size in (("BLOCK", 16), ("SMALLEST_BLOCK", 8)):
         monkeypatch.setattr(f"mlx_backend.blockwise.{name}", size)
     # Positions restart in one and not in the other: rotations by angles a hundred times as large.
@@ -113,42 +124,76 @@ def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints, monkeypa
     np.testing.assert_allclose(logits(masked), plain, atol=2e-5 * np.abs(beside).max(), rtol=0)  # as on a Mac
 
 
-def test_the_way_of_a_card_trains_alike_on_mlx(checkpoints):
-    plan = BatchPlan(make_batches(14), 2, 2, seed=0, num_train_epochs=1, capacity=120)
+@pytest.mark.parametrize("beginning", [0, 12])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo3", "gpt_oss"])
+def test_the_way_of_a_card_trains_alike_on_mlx(family, beginning, checkpoints, monkeypatch):
+    data = make_batches(14, beginning=beginning)
+    plan = BatchPlan(data, 2, 2, 0, 1, capacity=120, prefix_sharing=True)
     results = []
-    for on_gpu in (False, True):  # which decides how the examples of a row are kept apart, and that alone
-        engine = open_fresh("mlx", checkpoints["llama"], packing=True, max_grad_norm=0)
-        engine._on_gpu = on_gpu
+    for on_gpu, long in ((False, 512), (False, 4), (True, 512), (True, 4)):
+        engine = open_fresh("mlx", checkpoints[family], packing=True, max_grad_norm=0)
+        engine._on_gpu = on_gpu  # which decides how the examples of a row are kept apart, and that alone
+        monkeypatch.setattr("mlx_backend.long_rows.LONG", long)
+        for name, size in (("BLOCK", 16), ("SMALLEST_BLOCK", 8)):
+            monkeypatch.setattr(f"mlx_backend.blockwise.{name}", size)
         results.append(gradient_of(engine, plan.step_batch(1)))
-    (expected_loss, expected), (loss, gradient) = results
-    assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
-    for key, tensor in expected.items():
-        np.testing.assert_allclose(gradient[key], tensor, atol=1e-4 * np.abs(tensor).max(), rtol=0)
+    for found in results[1:]:
+        compare(found, results[0], tolerance=1e-4)  # positions that run on turn by larger angles
 
 
-def test_masked_rows_can_be_compiled_on_mlx(checkpoints):
+@pytest.mark.parametrize("beginning", [0, 12])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_way_of_a_card_trains_alike_on_torch(family, beginning, checkpoints, monkeypatch):
+    import torch_backend.attention
+
+    def kernel(query, key, value, bounds_q, bounds_k, longest_q, longest_k, scale, window):
+        """Attend as FlashAttention says of its own: masks are aligned to the last query and the last key."""
+        parts = []
+        for (first, last), (start, stop) in zip(
+            itertools.pairwise(bounds_q.tolist()), itertools.pairwise(bounds_k.tolist()), strict=True
+        ):
+            assert last - first <= longest_q and stop - start <= longest_k
+            heads = (each[None].transpose(1, 2) for each in (query[first:last], key[start:stop], value[start:stop]))
+            parts.append(torch_backend.attention._attend(*heads, scale, window)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(torch_backend.attention, "_varlen", kernel)
+    plan = BatchPlan(make_batches(14, beginning=beginning), 2, 2, 0, 1, capacity=120, prefix_sharing=True)
+    results = []
+    for on_card in (False, True):
+        engine = open_fresh("torch", checkpoints[family], packing=True, max_grad_norm=0)
+        engine._packing._varlen = on_card
+        results.append(gradient_of(engine, plan.step_batch(1)))
+    compare(*results)
+
+
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_masked_rows_can_be_compiled_on_mlx(beginning, checkpoints):
     # Only GPUs compile (mlx_backend/step.py); here it is tried without one.
     import mlx.core as mx
 
     from common.config import QuantizationConfig
-    from mlx_backend.attention import Masked, separate_examples
+    from mlx_backend.arrangement import Masked, masking
+    from mlx_backend.attention import separate_examples
     from mlx_backend.model import choose_device, load_base
 
     choose_device("cpu")
     model = load_base(checkpoints["llama"], "float32", QuantizationConfig())
     packing = separate_examples(model, checkpoints["llama"])
 
-    def logits(token_ids: mx.array, segment_ids: mx.array) -> mx.array:
-        with packing.follow(Masked(segment_ids, 64)):
+    def logits(token_ids: mx.array, told: dict) -> mx.array:
+        with packing.follow(Masked(told)):
             return model(token_ids)
 
-    batch = make_micro_batch(make_batches(5), [range(2), range(2, 5)])
-    arrays = mx.array(batch.token_ids), mx.array(batch.segment_ids)
+    prefixes = np.full(5, beginning)
+    batch = make_micro_batch(make_batches(5, beginning=beginning), [range(2), range(2, 5)], prefixes)
+    given = mx.array(batch.token_ids), masking(batch)
+    assert ("continued" in given[1]) == (beginning > 0)
     # Fused elementwise work rounds otherwise.
-    np.testing.assert_allclose(np.array(mx.compile(logits)(*arrays)), np.array(logits(*arrays)), atol=1e-4)
+    np.testing.assert_allclose(np.array(mx.compile(logits)(*given)), np.array(logits(*given)), atol=1e-4)
 
 
-def gradient_of(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, np.ndarray]]:
+def gradient_of(engine: Engine, batch: StepBatch) -> Step:
     """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
     rng = np.random.default_rng(1)
     state = TrainState.fresh(

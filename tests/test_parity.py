@@ -38,16 +38,16 @@ def train(engine: Engine, plan: BatchPlan, steps: int, peak: float = 5e-3) -> tu
     "lora", [LoraConfig(), LoraConfig(r=4, lora_alpha=12, use_rslora=True)], ids=["lora", "rslora"]
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("capacity", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize(("capacity", "beginning"), [(None, 0), (64, 0), (80, 16)], ids=["padded", "packed", "shared"])
 def test_twenty_steps_agree_between_the_engines(
-    capacity: int | None, tied: bool, lora: LoraConfig, llama: Path, tied_llama: Path
+    capacity: int | None, beginning: int, tied: bool, lora: LoraConfig, llama: Path, tied_llama: Path
 ) -> None:
-    directory = tied_llama if tied else llama
+    directory, data = tied_llama if tied else llama, make_batches(beginning=beginning)
     runs = {}
     for name in ("mlx", "torch"):
         engine = open_fresh(name, directory, lora=lora, weight_decay=0.01, packing=capacity is not None)
         start = engine.read_state().weights
-        plan = BatchPlan(make_batches(), batch_size=3, accumulation=2, seed=7, num_train_epochs=20, capacity=capacity)
+        plan = BatchPlan(data, 3, 2, seed=7, num_train_epochs=20, capacity=capacity, prefix_sharing=beginning > 0)
         losses, digest = train(engine, plan, STEPS)
         runs[name] = start, losses, digest, engine.read_state().weights, engine.target_modules()
     (start_a, losses_a, digest_a, final_a, targets_a), (start_b, losses_b, digest_b, final_b, targets_b) = runs.values()

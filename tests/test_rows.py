@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.prefixes import Prefixes
 from common.rows import MEGABATCH, RowOrder, Rows, group_by_length, pack, single
 
 GOLDEN_ROWS = [[1], [4, 9, 3, 8], [7, 5, 6], [2, 0]]  # of ten examples in rows of 16, seed 42, epoch 0
@@ -29,6 +30,28 @@ def test_packing_places_every_example_once_and_no_row_holds_too_much(lengths, ca
     rows = pack(lengths, capacity, order)
     assert sorted(rows.members.tolist()) == list(range(len(lengths)))
     assert all(0 < lengths[row].sum() <= capacity for row in rows)
+
+
+def groups_of(lengths: np.ndarray, shared: list[int], seed: int) -> Prefixes:
+    """Deal examples out to groups that share so many tokens each, where an example leaves that many."""
+    group = np.random.default_rng(seed).integers(len(shared), size=len(lengths))
+    least = [int(lengths[group == number].min(initial=65)) - 1 for number in range(len(shared))]
+    return Prefixes(np.minimum(shared, least)[group], group)
+
+
+@given(LENGTHS, st.integers(64, 200), st.lists(st.integers(0, 63), min_size=1, max_size=4), st.integers(0, 99))
+def test_rows_hold_one_group_and_what_it_shares_once(lengths, capacity, shared, seed):
+    prefixes = groups_of(lengths, shared, seed)
+    rows = pack(lengths, capacity, np.random.default_rng(seed).permutation(len(lengths)), prefixes)
+    assert sorted(rows.members.tolist()) == list(range(len(lengths)))
+    for row in rows:
+        assert len(set(prefixes.groups[row])) == 1
+        assert (lengths - prefixes.lengths)[row].sum() + prefixes.lengths[row[0]] <= capacity
+
+
+def test_nothing_can_be_packed_too():
+    nothing = np.zeros(0, np.int64)
+    assert len(pack(nothing, 64, nothing)) == len(pack(nothing, 64, nothing, Prefixes.none(0))) == 0
 
 
 @pytest.mark.parametrize("capacity", [256, 1024, 4096])
@@ -69,7 +92,14 @@ def test_the_order_of_packed_rows_is_drawn_and_not_from_long_to_short():
     assert abs(np.mean(longest[: len(longest) // 2]) - np.mean(longest[len(longest) // 2 :])) < 5
 
 
-@pytest.mark.parametrize("settings", [{}, {"capacity": 64}, {"group": 4}], ids=["plain", "packed", "grouped"])
+SHARED = Prefixes(np.repeat([4, 0], 25), np.repeat([1, 0], 25))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"capacity": 64}, {"capacity": 64, "prefixes": SHARED}, {"group": 4}],
+    ids=["plain", "packed", "shared", "grouped"],
+)
 def test_epochs_can_be_asked_for_in_any_order(settings):
     lengths = np.random.default_rng(0).integers(5, 30, 50)
     there, back = RowOrder(lengths, 7, **settings), RowOrder(lengths, 7, **settings)

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from common.engine import MicroBatch
+from common.engine import Array, MicroBatch
 from common.errors import UserError
-from common.layout import example_lengths
+from common.segments import Segments
 from torch_backend.device import Hardware
 
 # cuDNN's kernel takes half the time of FlashAttention-2 on Hopper (H200: 0.87 ms against 1.69 for 4 x 2048, 24 heads of
@@ -66,28 +67,40 @@ class PackedAttention:
             model.set_attn_implementation(NAME)
 
     def arguments(self, row: MicroBatch) -> dict[str, Any]:
-        """Say to the model where the examples of a row (1, N) begin and which positions they have."""
-        device = self._model.device
-        positions = torch.from_numpy(row.position_ids).long().to(device, non_blocking=True)
+        """Say to the model where the segments of a row (1, N) begin, what each sees, and which positions they have."""
+        positions = self._on_device(row.position_ids, torch.long)
         if not self._replaced:
             return {"position_ids": positions, "attention_mask": self._masks(row)}
-        lengths = torch.from_numpy(example_lengths(row))
-        arguments: dict[str, Any] = {
-            "position_ids": positions,
-            "cu_seq_lens_q": F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True),
-            # An upper bound of few values: a compiled layer is compiled for each by itself.
-            "max_length_q": 1 << (int(lengths.max()) - 1).bit_length(),
-        }
+        segments = Segments.of(row)
+        seen = segments.prefix_lengths + segments.lengths
+        arguments: dict[str, Any] = {"position_ids": positions}
+        arguments |= self._bounds("q", segments.lengths) | self._bounds("k", seen)
+        if seen.sum() > segments.lengths.sum():
+            arguments["seen"] = self._on_device(segments.seen(), torch.long)
         if not self._varlen:
-            arguments["example_lengths"] = lengths.tolist()
+            arguments["segments"] = list(zip(segments.lengths.tolist(), segments.prefixes.tolist(), strict=True))
         return arguments
+
+    def _bounds(self, of: str, lengths: Array) -> dict[str, Any]:
+        """Name where the queries (q) or the keys (k) of each segment begin, and how many there are at most."""
+        return {
+            f"cu_seq_lens_{of}": self._on_device(np.concatenate([[0], np.cumsum(lengths)]), torch.int32),
+            # An upper bound of few values: a compiled layer is compiled for each by itself.
+            f"max_length_{of}": 1 << (int(lengths.max()) - 1).bit_length(),
+        }
+
+    def _on_device(self, array: Array, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._model.device, dtype, non_blocking=True)
 
     def _masks(self, row: MicroBatch) -> torch.Tensor | dict[str, torch.Tensor]:
         """Make the masks (1, 1, N, N) to add to the scores, one for each kind of layer where there are kinds."""
         config, device = self._model.config.get_text_config(), self._model.device
-        segments, place = torch.from_numpy(row.segment_ids).to(device)[0], torch.arange(row.segment_ids.shape[1])
-        distance = (place[:, None] - place[None, :]).to(device)
-        seen = (segments[:, None] == segments[None, :]) & (distance >= 0)
+        segment, continued = row.segment_ids[0] - 1, Segments.of(row).prefixes
+        place, position = (torch.from_numpy(each).to(device) for each in (np.arange(len(segment)), row.position_ids[0]))
+        same = segment[:, None] == segment[None, :]
+        shared = continued[segment][:, None] == segment[None, :]
+        seen = torch.from_numpy(same | shared).to(device) & (place[:, None] >= place[None, :])
+        distance = position[:, None] - position[None, :]
 
         def added(seen: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=device)
@@ -95,7 +108,7 @@ class PackedAttention:
 
         if "layer_types" not in config.to_dict():
             return added(seen)
-        window = config.to_dict().get("sliding_window") or len(place)
+        window = config.to_dict().get("sliding_window") or len(segment)
         return {"full_attention": added(seen), "sliding_attention": added(seen & (distance < window))}
 
     @contextlib.contextmanager
@@ -119,53 +132,70 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int = 0,
-    example_lengths: list[int] | None = None,
+    max_length_k: int = 0,
+    seen: torch.Tensor | None = None,
+    segments: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each example of a packed row: (1, heads, N, D) to (1, N, heads, D).
+    """Attend within the segments of a packed row, and to what each continues: (1, heads, N, D) to (1, N, heads, D).
 
-    Without `cu_seq_lens_q` every row is one example and this is transformers' own causal attention.
+    `seen` are the places of the keys of each segment, where some continue another; `segments` the length of each and
+    the number of the one that it continues. Without `cu_seq_lens_q` every row is one example and this is
+    transformers' own causal attention.
     """
     if cu_seq_lens_q is None:
-        mask = _window_mask(query.shape[2], sliding_window, query.device) if attention_mask is None else attention_mask
+        mask = _causal_mask(query, key, sliding_window) if attention_mask is None else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     key, value = (repeat_kv(each, query.shape[1] // each.shape[1]) for each in (key, value))
-    if example_lengths is None:
-        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
-    parts = zip(*(each.split(example_lengths, dim=2) for each in (query, key, value)), strict=True)
-    attended = [_attend(*part, scaling, sliding_window) for part in parts]
+    if segments is None:
+        assert cu_seq_lens_k is not None
+        flat = [each[0].transpose(0, 1) for each in (query, key, value)]
+        flat[1:] = flat[1:] if seen is None else (each.index_select(0, seen) for each in flat[1:])
+        bounds = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        return _varlen(*flat, *bounds, scaling, sliding_window)[None], None
+    lengths = [length for length, _ in segments]
+    queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))
+    attended = []
+    for number, (_, continued) in enumerate(segments):
+        beginning = [] if continued == number else [continued]
+        of_both = (torch.cat([each[k] for k in (*beginning, number)], dim=2) for each in (keys, values))
+        attended.append(_attend(queries[number], *of_both, scaling, sliding_window))
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    mask = _window_mask(query.shape[2], window, query.device)
+    mask = _causal_mask(query, key, window)
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return which keys each query sees, (1, 1, L, L); None where the window takes in all before it."""
-    if window is None or length <= window:
+def _causal_mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Return which keys each query sees, (1, 1, L, K), the last query all; None where `is_causal` says as much."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys and (window is None or keys <= window):
         return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+    position = torch.arange(keys, device=query.device)
+    distance = position[keys - queries :, None] - position[None, :]
+    return ((distance >= 0) & (distance < (window or keys)))[None, None]
 
 
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
+    max_length_q: int,
+    max_length_k: int,
     scaling: float | None,
     window: int | None,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
 ) -> torch.Tensor:
+    """Attend in one kernel, which lets the last query of a segment see the last of its keys: (N, heads, D) each."""
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = (each[0].transpose(0, 1) for each in (query, key, value))
     left = window - 1 if window else -1
-    bounds, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-    return varlen_attn(*flat, *bounds, *longest, scale=scaling, window_size=(left, 0))[None]
+    bounds = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(left, 0))

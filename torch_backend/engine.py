@@ -18,10 +18,11 @@ import torch
 from common.config import LoraConfig, TrainConfig
 from common.engine import LOSS_SCALE, Array, MemoryUse, MicroBatch, StepBatch, StepResult, TrainState
 from common.errors import MachineError, UserError
-from common.layout import end_to_end, is_packed, supervised_positions
+from common.layout import is_packed, supervised_positions
 from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
+from common.segments import end_to_end
 from torch_backend.attention import PackedAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers

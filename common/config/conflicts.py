@@ -42,6 +42,11 @@ def conflicts(config: TrainConfig) -> Iterator[Conflict]:
             ("group_by_length", "packing"),
             "packing is set too, which leaves no padding to save; write group_by_length: false",
         )
+    if config.prefix_sharing and not config.packing:
+        yield Conflict(
+            ("prefix_sharing", "packing"),
+            "found true, but only examples of one row share a beginning; write packing: true too",
+        )
     if config.data.validation_split and config.data.validation:
         yield Conflict(
             ("data.validation_split", "data.validation"),

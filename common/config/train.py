@@ -89,6 +89,9 @@ class TrainConfig(Group):
     packing: bool = False
     """Fill each row of `max_seq_length` tokens with as many whole examples as fit; none sees another."""
 
+    prefix_sharing: bool = False
+    """With `packing`, compute a beginning that a row's examples share (a system prompt) once: the same loss, sooner."""
+
     group_by_length: bool = False
     """Make each batch of examples of like length, so that less is padding."""
 

@@ -92,6 +92,7 @@ def generate_answers(
 
 
 def _loss_scores(engine: Engine, config: TrainConfig, data: TokenDataset) -> Scores:
-    loss_sum, count = total_loss(engine, data, config.per_device_eval_batch_size, config.row_capacity)
+    batch_size = config.per_device_eval_batch_size
+    loss_sum, count = total_loss(engine, data, batch_size, config.row_capacity, config.prefix_sharing)
     loss = loss_sum / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "num_loss_tokens": count}
