@@ -82,7 +82,7 @@ def setting(config: TrainConfig) -> str:
         f"x {config.gradient_accumulation_steps}" if config.gradient_accumulation_steps > 1 else "",
         f"r={config.lora.r}",
         way.removeprefix("quantization.") if way else "",
-        *(key for key in ("gradient_checkpointing", "activation_offloading") if getattr(config, key)),
+        *(key for key in ("prefix_sharing", "gradient_checkpointing", "activation_offloading") if getattr(config, key)),
     ]
     return ", ".join(part for part in parts if part)
 

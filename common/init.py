@@ -33,6 +33,7 @@ lora: {{r: 16, lora_alpha: 32, target_modules: all-linear}}
 {quantization}
 max_seq_length: 2048              # longest example, and the length of a packed row; less needs less memory
 packing: true                     # whole examples end to end in each row, none sees another
+# prefix_sharing: true            # where examples begin alike, with a system prompt: compute that once a row
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 8    # a step sees 8 rows
 gradient_checkpointing: true      # less memory, about a third more time

@@ -85,6 +85,7 @@ def test_a_shape_that_is_not_certain_has_no_share(tmp_path: Path) -> None:
     [
         ({}, "8 examples, r=16"),
         ({"packing": True, "max_seq_length": 512}, "8 x 512 packed, r=16"),
+        ({"packing": True, "prefix_sharing": True}, "8 x 2048 packed, r=16, prefix_sharing"),
         (
             {
                 "gradient_accumulation_steps": 4,

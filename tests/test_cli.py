@@ -296,6 +296,19 @@ def test_preview_marks_what_is_trained(workplace: Workplace):
     assert "<|im_start|>assistant\n[[it is 00<|im_end|>]]" in done.stdout and done.stderr == ""
 
 
+def test_preview_says_what_is_shared_or_could_be(workplace: Workplace):
+    lines = map(json.loads, (workplace.path / "train.jsonl").read_text().splitlines())
+    system = {"role": "system", "content": "You repeat two digits after the words it is."}
+    told = [json.dumps({"messages": [system, *line["messages"]]}) + "\n" for line in lines]
+    (workplace.path / "train.jsonl").write_text("".join(told))
+    packed = ("preview", "--config", "config.json", "-n", 1, "--set", "packing=true")
+    assert "prefix_sharing: true would leave out" in workplace.run(*packed).stdout
+    shared = workplace.run(*packed, "--set", "prefix_sharing=true").stdout
+    assert "are left out" in shared and "would" not in shared
+    nothing = workplace.run(*packed, "--set", "prefix_sharing=true", "--set", "data.train_on=all").stdout
+    assert "nothing: too few examples have their first 8 tokens" in nothing
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_an_example(workplace: Workplace, verb: str):
     done = workplace.run(verb, "--help")

@@ -16,7 +16,9 @@ from tiny_models import write_llama
 from tiny_run import Run, examples
 from torch.autograd.graph import saved_tensors_hooks
 
+from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig, TrainConfig, load_config
+from common.data.tokens import build_dataset
 from common.engine import DeviceMemory, MicroBatch, StepBatch, choose_engine, device_memory, is_out_of_memory
 from common.errors import MachineError, UserError
 from common.estimate import guard
@@ -26,7 +28,7 @@ from common.estimate.guard import advise, refuse_hopeless, total_bytes
 from common.estimate.memory import estimate_memory
 from common.estimate.shape import read_shape, shape_of
 from common.estimate.verb import write_fixed
-from common.estimate.workload import Workload, read_workload
+from common.estimate.workload import Workload, planned_workload, read_workload
 from common.view.metrics import read_metrics
 
 H200 = DeviceMemory("cuda", "NVIDIA H200", 150 * 10**9, compiles=True)
@@ -133,10 +135,13 @@ def test_a_run_peaks_where_the_estimate_says(cli, tmp_path, monkeypatch, engine,
     assert estimated.total == pytest.approx(peak, rel=0.25)  # libraries and allocators differ by run
 
 
-def micro_batch(rows: int, length: int, example: int) -> MicroBatch:
+def micro_batch(rows: int, length: int, example: int, shared: int = 0) -> MicroBatch:
+    """Make rows of examples of so many positions of their own, which go on from `shared` ones."""
     ids = np.random.default_rng(0).integers(0, 400, (rows, length)).astype(np.int32)
-    place = np.tile(np.arange(length), (rows, 1)).astype(np.int32)
-    return MicroBatch(ids, ids, place // example + 1, place % example, np.ones((rows, length), bool))
+    place = np.tile(np.arange(-shared, length - shared), (rows, 1)).astype(np.int32)
+    own = place >= 0
+    segments = np.where(own, place // example + 1 + (shared > 0), 1)
+    return MicroBatch(ids, ids, segments, np.where(own, place % example, place) + shared, own)
 
 
 def wide(directory: Path, layers: int) -> Path:
@@ -144,8 +149,11 @@ def wide(directory: Path, layers: int) -> Path:
     return write_llama(directory, **sizes)
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [("float32", False), ("bfloat16", False), ("float32", True)])
-def test_torch_keeps_what_the_formula_says_by_autograds_own_list(tmp_path, dtype, packed):
+@pytest.mark.parametrize(
+    ("dtype", "packed", "shared"),
+    [("float32", False, 0), ("bfloat16", False, 0), ("float32", True, 0), ("float32", True, 32)],
+)
+def test_torch_keeps_what_the_formula_says_by_autograds_own_list(tmp_path, dtype, packed, shared):
     model = wide(tmp_path, 3)
     engine = open_fresh("torch", model, LoraConfig(r=1), dtype=dtype, packing=packed)
     own = {parameter.untyped_storage().data_ptr() for parameter in engine._model.parameters()}
@@ -159,14 +167,16 @@ def test_torch_keeps_what_the_formula_says_by_autograds_own_list(tmp_path, dtype
 
     engine._model.train()
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = engine._loss_of(micro_batch(4, 64, 32 if packed else 64))
+        loss = engine._loss_of(micro_batch(4, 64, (64 - shared) // 4 if packed else 64, shared))
     assert loss.requires_grad
     config = TrainConfig(lora=LoraConfig(r=1), packing=packed)
     shape = read_shape(str(model))
     adapted = 5 * 256 + 256 + 768
     how = Setting("torch", "cpu", 4 if dtype == "float32" else 2, False, config.packing, False, False, False, adapted)
     without_holes = replace(how, device_type="cuda") if not packed else how
-    found = activations(shape, Work(4, 64, 256, 32), without_holes).kept / (1.9 if packed else 1)
+    work = Work(4, 64, 256, 32, seen=4 * (32 + 8) / 64 if shared else 1)
+    found = activations(shape, work, without_holes).kept / (1.9 if packed else 1)
+    print(f"{sum(kept.values())} kept, {found} by the formula")
     assert sum(kept.values()) == pytest.approx(found, rel=0.1)  # small ones are not counted: angles, statistics, loss
 
 
@@ -188,15 +198,16 @@ def test_mlx_keeps_what_the_formula_says_layer_by_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "example", "vocabulary", "changes"),
+    ("rows", "length", "example", "shared", "vocabulary", "changes"),
     [
-        (1, 2048, 32, 8192, {"packing": True}),
-        (1, 1024, 1024, 400, {}),
-        (8, 128, 128, 400, {"quantization": MLX4}),
+        (1, 2048, 32, 0, 8192, {"packing": True}),
+        (1, 1024, 32, 128, 400, {"packing": True}),
+        (1, 1024, 1024, 0, 400, {}),
+        (8, 128, 128, 0, 400, {"quantization": MLX4}),
     ],
-    ids=["chunks of logits", "long rows", "4 bits"],
+    ids=["chunks of logits", "a shared beginning", "long rows", "4 bits"],
 )
-def test_mlx_peaks_as_estimated(tmp_path, monkeypatch, rows, length, example, vocabulary, changes):
+def test_mlx_peaks_as_estimated(tmp_path, monkeypatch, rows, length, example, shared, vocabulary, changes):
     """Chunks are of 32 rows, as those of a large model; all logits would take four times 64 MB."""
     import mlx.core as mx
 
@@ -204,18 +215,29 @@ def test_mlx_peaks_as_estimated(tmp_path, monkeypatch, rows, length, example, vo
     monkeypatch.setattr("common.estimate.activations.CHUNK_BYTES", 2**20)
     sizes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "vocab_size": vocabulary}
     model = write_llama(tmp_path, tied=True, **sizes)
-    engine, batch = open_fresh("mlx", model, LoraConfig(r=4), **changes), micro_batch(rows, length, example)
-    count = rows * length
+    engine, batch = open_fresh("mlx", model, LoraConfig(r=4), **changes), micro_batch(rows, length, example, shared)
+    count = int(batch.loss_mask.sum())
     for _ in range(2):
         mx.reset_peak_memory()
         engine.fetch(engine.train_step(StepBatch(1, 1.0, (batch,), count, count, (0,)), 1e-3))
     peak = mx.get_peak_memory()
     engine.close()
     config = TrainConfig(lora=LoraConfig(r=4), **changes)
-    found = estimate_memory(read_shape(str(model)), config, Work(rows, length, count, example), "mlx", CPU)
+    work = Work(rows, length, count, shared + example, seen=count * (shared + example) / example / (rows * length))
+    found = estimate_memory(read_shape(str(model)), config, work, "mlx", CPU)
     held = found.total - found.parts["framework"]  # which is not MLX's own
     print(f"{held / 1e6:.1f} estimated, {peak / 1e6:.1f} measured", found.parts)
     assert held == pytest.approx(peak, rel=0.2)  # a queue that runs ahead is not always as full
+
+
+def test_examples_that_share_a_beginning_are_fewer_positions_of_which_more_are_supervised():
+    data = build_dataset([([*range(1, 61), 70 + i, 80], [False] * 61 + [True], "made") for i in range(40)])
+    settings = {"packing": True, "max_seq_length": 160}
+    apart, shared = (
+        planned_workload(BatchPlan.of(data, TrainConfig(**settings, prefix_sharing=each))) for each in (False, True)
+    )
+    assert apart == Workload(61, 40 / (40 * 61), 1.0, 40 * 61, 40)
+    assert shared == Workload(61, 40 / (60 + 40), 40 * 61 / (60 + 40), 60 + 40, 40)  # one row of 100 positions
 
 
 def test_the_shape_is_that_of_the_loaded_model(tied_llama):

@@ -40,6 +40,7 @@ class Work:
     length: int  # positions of a row
     supervised: int  # positions whose logits are wanted
     longest: int  # of an example: what attends to itself
+    seen: float = 1.0  # keys that examples see, for each position: more where they share a beginning
 
     @property
     def positions(self) -> int:
@@ -76,7 +77,7 @@ class Activations:
 def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     """Count what is alive at the turn from forward to backward."""
     size = work.positions * how.bytes_each
-    layer: float = (_mlx_layer(shape, how) if how.engine == "mlx" else _torch_layer(shape, how)) * size
+    layer: float = (_mlx_layer(shape, work, how) if how.engine == "mlx" else _torch_layer(shape, work, how)) * size
     scores, scores_passing = _scores(shape, work, how)
     # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
     # of attention come when these are gone.
@@ -92,10 +93,14 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     return Activations(factor * kept, factor * passing, attention, _logits(shape, work, how))
 
 
-def _torch_layer(shape: ModelShape, how: Setting) -> float:
-    """Count what a layer keeps on torch; packed rows have keys and values repeated for each query head."""
+def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count what a layer keeps on torch; packed rows have keys and values repeated for each query head.
+
+    Where examples share a beginning, each has a copy of all that it sees, on a CPU beside those of the row.
+    """
     h, q, i = shape.hidden, shape.queries, shape.intermediate
-    keys = 2 * (q if how.packed else shape.keys)
+    copies = work.seen + (work.seen > 1 and how.device_type == "cpu")
+    keys = 2 * (q * copies if how.packed else shape.keys)
     joined = q if how.packed and how.device_type == "cpu" else 0  # the examples' results, put together
     if how.compiled:  # input, q, k, v, result, middle, gate, up: norms and SwiGLU are computed again
         return 2 * h + 2 * q + keys + 2 * i
@@ -105,17 +110,21 @@ def _torch_layer(shape: ModelShape, how: Setting) -> float:
     return 4 * h + 2 * q + keys + joined + 3 * i + how.adapted_inputs
 
 
-def _mlx_layer(shape: ModelShape, how: Setting) -> float:
-    """Count what a layer keeps on MLX: gate, up and their product compiled, sigmoid and SiLU besides where not."""
+def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count what a layer keeps on MLX: gate, up and their product compiled, sigmoid and SiLU besides where not.
+
+    On a CPU each example has a copy of the beginning that it shares (mlx_backend/arrangement.py).
+    """
     inner = 3 if how.compiled else 5
-    return 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + inner * shape.intermediate
+    copies = work.seen if how.device_type == "cpu" else 1
+    return 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys * copies + inner * shape.intermediate
 
 
 def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
     """Count what attention keeps of a layer where it has no backward kernel, MLX but for CUDA and MPS, and passing."""
     if how.device_type == "cuda" or (how.engine == "torch" and how.device_type == "cpu"):
         return 0, 0
-    # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/attention.py).
+    # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/arrangement.py).
     span = work.longest if how.device_type == "cpu" else work.length
     if how.engine == "mlx" and span > LONG:  # a logarithm a query, in float32
         block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()

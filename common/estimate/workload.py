@@ -20,6 +20,7 @@ class Workload:
 
     longest: int | None = None  # example; None: not known
     supervised_share: float = 1.0
+    seen: float = 1.0  # positions of whole examples for each one computed: more where they share a beginning
     positions_per_epoch: int | None = None
     num_examples: int | None = None
     note: str = ""  # why the data isn't known
@@ -32,14 +33,19 @@ class Workload:
         rows = min(rows, self.num_examples or rows)
         share = self.supervised_share if config.packing else 1.0
         supervised = padded_length(max(1, round(rows * length * share)))
-        return Work(rows, length, supervised, min(longest, length))
+        return Work(rows, length, supervised, min(longest, length), self.seen)
 
 
 def planned_workload(plan: BatchPlan) -> Workload:
     """Describe data that has been read."""
-    lengths = plan.data.input_lengths()
-    positions = int(lengths.sum())
-    return Workload(int(lengths.max()), plan.data.num_loss_tokens / positions, positions, len(lengths))
+    lengths, positions = plan.data.input_lengths(), int(plan.row_lengths.sum())
+    return Workload(
+        longest=int(lengths.max()),
+        supervised_share=plan.data.num_loss_tokens / positions,
+        seen=int(lengths.sum()) / positions,
+        positions_per_epoch=positions,
+        num_examples=len(lengths),
+    )
 
 
 def read_workload(config: TrainConfig) -> Workload:

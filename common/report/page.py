@@ -182,6 +182,8 @@ def _data(run: RunData) -> Iterator[tuple[str, str]]:
         yield "left out", f"{totals['dropped']:,} without a supervised token, {totals['skipped']:,} unusable records"
         yield "an epoch", f"{totals['steps_per_epoch']:,} steps of {totals['rows_per_epoch']:,} rows in all"
         yield "padding", f"{totals['padding_share']:.1%} of the positions computed"
+        if totals.get("shared_tokens"):
+            yield "shared", f"{totals['shared_tokens']:,} tokens an epoch, not computed again in their row"
 
 
 def _length_bars(run: RunData) -> list[tuple[str, str, float]]:

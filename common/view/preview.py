@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from rich.console import Console
@@ -21,9 +21,12 @@ from common.data.tokenise import DataReport
 from common.data.tokens import TokenDataset
 from common.engine import Array
 from common.layout import padded_length
+from common.prefixes import SHORTEST
 from common.view.display import say
 
 BAR = 24  # characters of the histogram's longest bar
+SHARED = "what examples of a row begin with is computed once"
+WORTH_SAYING = 0.05  # of the tokens of an epoch, that `prefix_sharing` would leave out
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Totals:
     steps_per_epoch: int
     rows_per_epoch: int
     padding_share: float  # of the positions that a step computes
+    shared_tokens: int  # left out of an epoch, as another example of the row begins with them too
     length_histogram: dict[str, int]  # examples of at most so many tokens, and more than the bin before
 
 
@@ -50,11 +54,14 @@ def preview_data(config: TrainConfig, number: int, as_json: bool) -> None:
     base = require_trainable(config, "preview")
     tokenizer = ChatTokenizer(resolve_model(base, config.revision))
     data, _, report = load_training(config, tokenizer)
-    totals = sum_up(BatchPlan.of(data, config), report)
+    plan = BatchPlan.of(data, config)
+    totals = sum_up(plan, report)
     if as_json:
         _print_json(data, totals, number)
-    else:
-        _print_text(data, totals, report, number, tokenizer, config)
+        return
+    _print_text(data, totals, report, number, tokenizer, config)
+    if advice := sharing_advice(plan):
+        say(Console(), advice)
 
 
 def sum_up(plan: BatchPlan, report: DataReport) -> Totals:
@@ -73,18 +80,35 @@ def sum_up(plan: BatchPlan, report: DataReport) -> Totals:
         steps_per_epoch=plan.steps_per_epoch,
         rows_per_epoch=len(plan.rows),
         padding_share=_padding_share(plan),
+        shared_tokens=_shared_tokens(plan),
         length_histogram=_histogram(data.lengths),
     )
 
 
 def _padding_share(plan: BatchPlan) -> float:
     """Return which share of the positions of the first epoch's micro-batches is padding."""
-    rows = plan.rows.of_epoch(0)
-    used = np.add.reduceat(plan.data.input_lengths()[rows.members], rows.offsets[:-1])
+    used = plan.row_lengths
     starts = np.arange(0, len(used), plan.batch_size)
     widths = np.array([padded_length(int(longest)) for longest in np.maximum.reduceat(used, starts)])
     computed = int((widths * np.diff([*starts, len(used)])).sum())
     return 1 - int(used.sum()) / computed
+
+
+def _shared_tokens(plan: BatchPlan) -> int:
+    """Count the tokens that `prefix_sharing` leaves out of an epoch: all but the first of their row."""
+    return int(plan.data.input_lengths().sum() - plan.row_lengths.sum())
+
+
+def sharing_advice(plan: BatchPlan) -> str:
+    """Say what `prefix_sharing` would leave out where it is off, packing on, and that is worth saying."""
+    if plan.prefix_sharing or not plan.capacity:
+        return ""
+    trial = replace(plan, prefix_sharing=True)
+    shared, tokens = _shared_tokens(trial), int(plan.data.input_lengths().sum())
+    if shared < WORTH_SAYING * tokens:
+        return ""
+    rows = f"{len(trial.rows):,} rows in place of {len(plan.rows):,}"
+    return f"prefix_sharing: true would leave out {shared:,} tokens ({shared / tokens:.0%}), {rows}: {SHARED}"
 
 
 def _histogram(lengths: Array) -> dict[str, int]:
@@ -158,7 +182,16 @@ def _facts(totals: Totals, config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "dropped", f"{totals.dropped:,} examples without a supervised token"
     yield "skipped", f"{totals.skipped:,} unusable records"
     rows = f", {totals.rows_per_epoch:,} packed rows of {config.max_seq_length:,} tokens" if config.packing else ""
+    if config.prefix_sharing:
+        yield "shared", _shared_text(totals)
     yield "an epoch", f"{totals.steps_per_epoch:,} steps{rows}; {totals.padding_share:.1%} of the positions are padding"
+
+
+def _shared_text(totals: Totals) -> str:
+    if not totals.shared_tokens:
+        return f"nothing: too few examples have their first {SHORTEST} tokens or more in common, all of them untrained"
+    share = totals.shared_tokens / (totals.num_tokens - totals.num_examples)
+    return f"{totals.shared_tokens:,} tokens ({share:.1%}) are left out: {SHARED}"
 
 
 def _runs(values: Array) -> list[tuple[int, int]]:
