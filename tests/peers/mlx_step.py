@@ -6,9 +6,10 @@ Run: python tests/peers/mlx_step.py                                      the qui
      python tests/peers/mlx_step.py --shape small --lengths 1024 2048 4096 8192    how memory grows with the length
 
 mlx-lm runs as its users run it: `mlx_lm.tuner.trainer.train` with its loss, its padded batches and its LoRA layers, on
-all linear modules; it has no packing and gets as many examples a step as a packed row holds. Both compute in the same
-dtype, float32 on a CPU and bfloat16 on a GPU, and on a Linux CPU both have OpenBLAS. Weights and tokens of shapes are
-random. Each measurement is a process of its own; times are medians of single steps, tokens are counted without padding.
+all linear modules; it has no packing and gets as many examples a step as a packed row holds, counted without sharing.
+Both compute in the same dtype, float32 on a CPU and bfloat16 on a GPU, and on a Linux CPU both have OpenBLAS. Weights
+and tokens of shapes are random. Each measurement is a process of its own; times are medians of single steps, tokens are
+counted without padding.
 `MLX GB` is the peak of MLX's allocator from the first step on, `process GB` the highest resident memory of the process.
 """
 
@@ -55,7 +56,10 @@ SETTINGS: dict[str, list[str]] = {
     "4 bits": ["quantization.bits=4"],
     "4 bits, checkpointing": ["quantization.bits=4", "gradient_checkpointing=true"],
     "packed": ["packing=true"],
+    "shared": ["packing=true", "prefix_sharing=true"],
+    "shared, checkpointing": ["packing=true", "prefix_sharing=true", "gradient_checkpointing=true"],
 }
+OF_QUICKSTART = ["packed", "shared", "shared, checkpointing"]
 TRAINERS = ("mlx-lm", "twintune")
 UNTIMED = 3  # steps that warm up
 EXAMPLE = 45, 81  # tokens of an example where rows are packed
@@ -84,7 +88,7 @@ def main() -> None:
         base = SMOLLM2 if quick else Path(folder)
         if not quick:
             in_a_process(job="write", base=folder, shape=SHAPES[options.shape])
-        settings = options.settings or (["packed"] if quick else list(SETTINGS))
+        settings = options.settings or (OF_QUICKSTART if quick else [each for each in SETTINGS if "shared" not in each])
         jobs = [
             {"job": trainer, "base": str(base), "setting": setting, "rows": options.rows, "length": length}
             for setting in settings
