@@ -1,9 +1,10 @@
 """How much packing gains: supervised tokens a second of packed and unpacked steps in turn, on both engines.
 
-Run: python tests/peers/packing.py [--steps 8] [--engine mlx|torch]. The data is the quickstart's, about 64 tokens an
-example, of which all begin with the same 24; a packed step is one row of 1024 tokens, an unpacked one 4, 8 or 16
-examples. `packed` and `shared` (with prefix_sharing) are how many times as many supervised tokens a second they train;
-in brackets what they would if every position cost the same. Each engine runs in a process of its own.
+Run: python tests/peers/packing.py [--steps 8] [--prompt 0] [--engine mlx|torch]. The data is the quickstart's, about 64
+tokens an example, of which all begin with the same 24; a packed step is one row of 1024 tokens, an unpacked one 4, 8 or
+16 examples. `packed` and `shared` (with prefix_sharing) are how many times as many supervised tokens a second they
+train; in brackets what they would if every position cost the same. `--prompt` puts so many more tokens before each
+example, as a system prompt of one's own would. Each engine runs in a process of its own.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from common.batches import BatchPlan
 from common.config import load_config
 from common.data.chat import ChatTokenizer
 from common.data.dataset import load_dataset
+from common.data.tokens import TokenDataset, build_dataset
 from common.engine import Engine, StepBatch, TrainState, open_engine
 from common.initial import initial_weights
 
@@ -33,20 +35,22 @@ def main() -> None:
     """Time all ways on each engine and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=0)
     parser.add_argument("--engine", choices=("mlx", "torch"))
     options = parser.parse_args()
     if options.engine:
-        compare(options.engine, options.steps)
+        compare(options.engine, options.steps, options.prompt)
         return
     print(f"{'engine':8}{'step':14}{'step s':>8}{'supervised tok/s':>18}{'padding':>9}{'packed':>14}{'shared':>14}")
     for name in ("torch", "mlx"):
-        subprocess.run([sys.executable, __file__, "--engine", name, "--steps", str(options.steps)], check=True)
+        subprocess.run([sys.executable, __file__, "--engine", name, *sys.argv[1:]], check=True)
 
 
-def compare(name: str, steps: int) -> None:
+def compare(name: str, steps: int, prompt: int) -> None:
     """Run steps of all plans in turn, so that all meet the machine in the same moods, and print a line for each."""
     config = load_config(ROOT / "configs/quickstart.yaml", ["packing=true", f"max_seq_length={CAPACITY}"])
     data, _ = load_dataset(str(ROOT / "configs/quickstart/train.jsonl"), config, ChatTokenizer(MODEL))
+    data = opened_by(data, prompt) if prompt else data
     plans = {f"{number} unpacked": BatchPlan(data, number, 1, config.seed, 1) for number in EXAMPLES}
     for kind in PACKED:
         plans[kind] = BatchPlan(data, 1, 1, config.seed, 1, capacity=CAPACITY, prefix_sharing=kind == "shared")
@@ -71,6 +75,17 @@ def compare(name: str, steps: int) -> None:
             line += f"{rates[other] / rates[kind]:7.2f} ({density[other] / density[kind]:.2f})"
         print(line, flush=True)
     engine.close()
+
+
+def opened_by(data: TokenDataset, number: int) -> TokenDataset:
+    """Put the same tokens, of which none is trained, before every example."""
+    same = np.random.default_rng(0).integers(100, 9000, number).tolist()
+    return build_dataset(
+        [
+            (same + data.tokens(each).tolist(), [False] * number + data.mask(each).tolist(), data.places[each])
+            for each in range(len(data))
+        ]
+    )
 
 
 def timed(engine: Engine, batch: StepBatch, learning_rate: float) -> float:
