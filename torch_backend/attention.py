@@ -1,10 +1,11 @@
 """Attention for packed rows on torch: each example attends to itself, without an (L, L) mask where it can be.
 
 transformers hands every attention call to a function of one's choice and passes `cu_seq_lens_q` through to it, its
-own name for where examples begin. On CUDA that is one kernel for all examples (torch's `varlen_attn`); elsewhere
-each example's slice goes through `scaled_dot_product_attention` by itself, which costs some microseconds an example
-and layer. Architectures that transformers runs without either (soft caps, sinks) keep its own way with a
-block-diagonal mask of ours, L x L floats: transformers derives one from `position_ids` for some of them only.
+own name for where examples begin. On CUDA that is one kernel for all examples (torch's `varlen_attn`), which is given
+the keys of what an example continues once more with its own; elsewhere each example's slice goes through
+`scaled_dot_product_attention` by itself, which costs some microseconds an example and layer. Architectures that
+transformers runs without either (soft caps, sinks) keep its own way with a block-diagonal mask of ours, L x L floats:
+transformers derives one from `position_ids` for some of them only.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class PackedAttention:
         if not self._replaced:
             return {"position_ids": positions, "attention_mask": self._masks(row)}
         segments = Segments.of(row)
-        seen = segments.prefix_lengths + segments.lengths
         arguments: dict[str, Any] = {"position_ids": positions}
-        arguments |= self._bounds("q", segments.lengths) | self._bounds("k", seen)
-        if seen.sum() > segments.lengths.sum():
-            arguments["seen"] = self._on_device(segments.seen(), torch.long)
+        arguments |= self._bounds("q", segments.lengths)
+        arguments |= self._bounds("k", segments.prefix_lengths + segments.lengths)
         if not self._varlen:
             arguments["segments"] = list(zip(segments.lengths.tolist(), segments.prefixes.tolist(), strict=True))
+        elif segments.prefix_lengths.any():
+            arguments["seen"] = self._on_device(segments.seen(), torch.long)
         return arguments
 
     def _bounds(self, of: str, lengths: Array) -> dict[str, Any]:
@@ -149,20 +150,33 @@ def packed_attention(
         mask = _causal_mask(query, key, sliding_window) if attention_mask is None else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     key, value = (repeat_kv(each, query.shape[1] // each.shape[1]) for each in (key, value))
-    if segments is None:
-        assert cu_seq_lens_k is not None
-        flat = [each[0].transpose(0, 1) for each in (query, key, value)]
-        flat[1:] = flat[1:] if seen is None else (each.index_select(0, seen) for each in flat[1:])
-        bounds = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
-        return _varlen(*flat, *bounds, scaling, sliding_window)[None], None
+    if segments is not None:
+        return _segment_by_segment(query, key, value, segments, scaling, sliding_window).transpose(1, 2), None
+    assert cu_seq_lens_k is not None
+    queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
+    if seen is not None:
+        keys, values = keys.index_select(0, seen), values.index_select(0, seen)
+    bounds = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    return _varlen(queries, keys, values, *bounds, scaling, sliding_window)[None], None
+
+
+def _segment_by_segment(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: list[tuple[int, int]],
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
     lengths = [length for length, _ in segments]
     queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))
     attended = []
     for number, (_, continued) in enumerate(segments):
-        beginning = [] if continued == number else [continued]
-        of_both = (torch.cat([each[k] for k in (*beginning, number)], dim=2) for each in (keys, values))
-        attended.append(_attend(queries[number], *of_both, scaling, sliding_window))
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+        seen = keys[number], values[number]
+        if continued != number:
+            seen = tuple(torch.cat((each[continued], each[number]), dim=2) for each in (keys, values))
+        attended.append(_attend(queries[number], *seen, scaling, window))
+    return torch.cat(attended, dim=2)
 
 
 def _attend(
