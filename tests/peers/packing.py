@@ -1,10 +1,10 @@
 """How much packing gains: supervised tokens a second of packed and unpacked steps in turn, on both engines.
 
-Run: python tests/peers/packing.py [--steps 8] [--prompt 0] [--engine mlx|torch]. The data is the quickstart's, about 64
-tokens an example, of which all begin with the same 24; a packed step is one row of 1024 tokens, an unpacked one 4, 8 or
-16 examples. `packed` and `shared` (with prefix_sharing) are how many times as many supervised tokens a second they
-train; in brackets what they would if every position cost the same. `--prompt` puts so many more tokens before each
-example, as a system prompt of one's own would. Each engine runs in a process of its own.
+Run: python tests/peers/packing.py [--steps 8] [--prompt 0] [--examples 4 8 16] [--engine mlx|torch]. The data is the
+quickstart's, about 64 tokens an example, of which all begin with the same 24; a packed step is one row of 1024 tokens,
+an unpacked one 4, 8 or 16 examples. `packed` and `shared` (with prefix_sharing) are how many times as many supervised
+tokens a second they train; in brackets what they would if every position cost the same. `--prompt` puts so many more
+tokens before each example, as a system prompt of one's own would. Each engine runs in a process of its own.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +37,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=0)
+    parser.add_argument("--examples", type=int, nargs="+", default=EXAMPLES)
     parser.add_argument("--engine", choices=("mlx", "torch"))
     options = parser.parse_args()
     if options.engine:
-        compare(options.engine, options.steps, options.prompt)
+        compare(options.engine, options.steps, options.prompt, options.examples)
         return
     print(f"{'engine':8}{'step':14}{'step s':>8}{'supervised tok/s':>18}{'padding':>9}{'packed':>14}{'shared':>14}")
     for name in ("torch", "mlx"):
         subprocess.run([sys.executable, __file__, "--engine", name, *sys.argv[1:]], check=True)
 
 
-def compare(name: str, steps: int, prompt: int) -> None:
+def compare(name: str, steps: int, prompt: int, examples: Sequence[int]) -> None:
     """Run steps of all plans in turn, so that all meet the machine in the same moods, and print a line for each."""
     config = load_config(ROOT / "configs/quickstart.yaml", ["packing=true", f"max_seq_length={CAPACITY}"])
     data, _ = load_dataset(str(ROOT / "configs/quickstart/train.jsonl"), config, ChatTokenizer(MODEL))
     data = opened_by(data, prompt) if prompt else data
-    plans = {f"{number} unpacked": BatchPlan(data, number, 1, config.seed, 1) for number in EXAMPLES}
+    plans = {f"{number} unpacked": BatchPlan(data, number, 1, config.seed, 1) for number in examples}
     for kind in PACKED:
         plans[kind] = BatchPlan(data, 1, 1, config.seed, 1, capacity=CAPACITY, prefix_sharing=kind == "shared")
     engine = open_engine(name, config, MODEL, config.lora)
