@@ -48,18 +48,15 @@ class SideBySide:
 
     def attend(self, attention: Attention, inputs: tuple[mx.array, mx.array, mx.array], mask: Mask) -> mx.array:
         """Map queries, keys and values, each (1, heads, N, D), to (1, heads, N, D)."""
+        queries, keys, values = inputs
+        groups = zip(self._own.spread(queries), self._seen.spread(keys), self._seen.spread(values), strict=True)
         outputs = []
-        for group in zip(
-            *(places.spread(each) for places, each in zip(self._ways(), inputs, strict=True)), strict=True
-        ):
-            width = group[1].shape[2]
+        for query, key, value in groups:
+            width = key.shape[2]
             # The upper left corner of a mask made for N positions, causal or of a window, is that for `width`.
             corner = mask[..., :width, :width] if isinstance(mask, mx.array) else mask
-            outputs.append(attention(*group, corner))
+            outputs.append(attention(query, key, value, corner))
         return self._own.gather(outputs)
-
-    def _ways(self) -> tuple[Places, Places, Places]:
-        return self._own, self._seen, self._seen
 
 
 class Places:
