@@ -69,8 +69,9 @@ class RowOrder:
         self._lengths = lengths
         self._seed = seed
         self._group = group
-        order = np.random.default_rng(seed).permutation(len(lengths)) if capacity else None
-        self._packed = pack(lengths, capacity, order, prefixes) if capacity and order is not None else None
+        self._packed = None
+        if capacity:
+            self._packed = pack(lengths, capacity, np.random.default_rng(seed).permutation(len(lengths)), prefixes)
         self._epoch = -1
         self._rows = self.of_epoch(0)
 

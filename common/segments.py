@@ -90,6 +90,11 @@ def side_by_side(segments: Segments) -> list[tuple[Array, int]]:
     return arranged
 
 
+def bound(length: int) -> int:
+    """Return the next power of two: a compiler makes a graph for each bound, so there are to be few."""
+    return 1 << (length - 1).bit_length()
+
+
 def _continued(begins: Array) -> Array:
     """Return the segment that each continues, by the position at which each begins: the last before it that is at 0."""
     numbers = np.arange(len(begins))

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from common.engine import Array, MicroBatch
-from common.segments import Segments, side_by_side
+from common.segments import Segments, bound, side_by_side
 from mlx_backend.blockwise import Sight
 from mlx_backend.long_rows import Mask
 from mlx_backend.streams import custom_gradient
@@ -130,15 +130,11 @@ def masking(rows: MicroBatch) -> dict[str, Any]:
     """
     segments, positions = rows.segment_ids, rows.position_ids
     longest = max(int(np.bincount(row[row > 0], minlength=2).max()) for row in segments)
-    told: dict[str, Any] = {"segment_ids": mx.array(segments), "reach": _bound(longest)}
+    told: dict[str, Any] = {"segment_ids": mx.array(segments), "reach": bound(longest)}
     second = (segments[:, :-1] == 1) & (segments[:, 1:] == 2)
     shares = (second & (positions[:, 1:] > 0)).any(axis=1, keepdims=True)
     if shares.any():
         shared = int(((segments == 1) & shares).sum(axis=1).max())
         continued = np.where(shares & (segments > 1), 1, NONE).astype(np.int32)
-        told |= {"continued": mx.array(continued), "positions": mx.array(positions), "shared": _bound(shared)}
+        told |= {"continued": mx.array(continued), "positions": mx.array(positions), "shared": bound(shared)}
     return told
-
-
-def _bound(length: int) -> int:
-    return 1 << (length - 1).bit_length()

@@ -42,22 +42,14 @@ class Packing:
             self.arrangement = previous
 
     def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: Any,
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None = None,
-        soft_cap: float | None = None,
+        self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Mask, **more: Any
     ) -> mx.array:
-        """Attend as `long_rows.attend` does, within the segments of the arrangement."""
+        """Attend as `long_rows.attend` does, which takes `more`, within the segments of the arrangement."""
         if self.arrangement is None:
-            return attend(queries, keys, values, cache, scale, mask, sinks, soft_cap)
+            return attend(queries, keys, values, cache, scale, mask, **more)
 
         def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
-            return attend(queries, keys, values, None, scale, mask, sinks, soft_cap)
+            return attend(queries, keys, values, None, scale, mask, **more)
 
         return self.arrangement.attend(attention, (queries, keys, values), mask)
 

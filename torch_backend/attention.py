@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from common.engine import Array, MicroBatch
 from common.errors import UserError
-from common.segments import Segments
+from common.segments import Segments, bound
 from torch_backend.device import Hardware
 
 # cuDNN's kernel takes half the time of FlashAttention-2 on Hopper (H200: 0.87 ms against 1.69 for 4 x 2048, 24 heads of
@@ -86,8 +86,7 @@ class PackedAttention:
         """Name where the queries (q) or the keys (k) of each segment begin, and how many there are at most."""
         return {
             f"cu_seq_lens_{of}": self._on_device(np.concatenate([[0], np.cumsum(lengths)]), torch.int32),
-            # An upper bound of few values: a compiled layer is compiled for each by itself.
-            f"max_length_{of}": 1 << (int(lengths.max()) - 1).bit_length(),
+            f"max_length_{of}": bound(int(lengths.max())),
         }
 
     def _on_device(self, array: Array, dtype: torch.dtype) -> torch.Tensor:
