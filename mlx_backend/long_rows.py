@@ -1,15 +1,13 @@
 """Which attention a row gets: MLX's own, or the blockwise one where a row is long and MLX has no backward kernel.
 
-mlx-lm's architectures call two functions by name, for attention and for its mask. Each module that does so is given
-its own method once more, in which those names mean the functions of this file; no architecture is written again and
-nothing of mlx-lm's is changed for others. A mask stays a description (Sight) up to the place where it is used. With a
+mlx-lm's architectures call two functions by name, for attention and for its mask; in the modules of our model those
+names mean the functions of this file. A mask stays a description (Sight) up to the place where it is used. With a
 cache, which is generation, both are mlx-lm's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 
 from mlx_backend.blockwise import Sight, blockwise_attention
-from mlx_backend.tree import specialise
+from mlx_backend.tree import exchange_names, global_names
 
 # Up to here MLX's own attention takes less time on a CPU, and keeps less than a layer's other activations are.
 LONG = 512
@@ -74,54 +72,17 @@ def lighten_attention(model: nn.Module) -> None:
     """Put this file's functions where the code of a model's modules calls mlx-lm's."""
     functions = {"scaled_dot_product_attention": attend, "create_attention_mask": attention_mask}
     for module in model.modules():
-        for method, function in _methods(type(module)):
-            if not functions.keys().isdisjoint(_names(function.__code__)):
-                specialise(module, method, _with_names(function, functions))
+        exchange_names(module, functions)
 
 
 def hand_attend(attention: nn.Module, other: Callable[..., mx.array]) -> None:
     """Let a module's code call another function where it calls `attend`."""
-    for method, function in _methods(type(attention)):
-        if names := _names_of_attend(function):
-            specialise(attention, method, _with_names(function, dict.fromkeys(names, other)))
+    exchange_names(attention, dict.fromkeys(global_names(attention, attend), other))
 
 
 def calls_attend(attention: nn.Module) -> bool:
     """Tell whether a module's code calls `attend`."""
-    return any(_names_of_attend(function) for _, function in _methods(type(attention)))
-
-
-def _names_of_attend(function: FunctionType) -> list[str]:
-    return [name for name in _names(function.__code__) if function.__globals__.get(name) is attend]
-
-
-def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
-    """Yield the methods that an architecture has written."""
-    for name in dir(kind):
-        function = getattr(kind, name)
-        if isinstance(function, FunctionType) and (name == "__call__" or not hasattr(nn.Module, name)):
-            yield name, function
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function looks up, those inside it too."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
-
-
-def _with_names(function: FunctionType, names: Mapping[str, Any]) -> FunctionType:
-    """Return a function of the same code for which some global names mean something else."""
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return bool(global_names(attention, attend))
 
 
 def _has_backward_kernel(queries: mx.array, values: mx.array, sinks: mx.array | None) -> bool:
