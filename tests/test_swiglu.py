@@ -1,0 +1,60 @@
+"""SwiGLU on a Linux CPU against its formula, and its exponential against NumPy's."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.activations import swiglu as swiglu_of_mlx_lm
+
+from mlx_backend.swiglu import HIGHEST, LOWEST, exp, quicken_swiglu, swiglu
+
+
+def test_exponential_is_numpys_to_a_few_roundings():
+    x = np.concatenate([np.linspace(LOWEST, HIGHEST, 200_001), np.linspace(-1, 1, 20_001), [0.0]]).astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(np.array(exp(mx.array(x))) - expected) / expected) < 3e-7
+    assert exp(mx.array(0.0)).item() == 1
+
+
+def test_exponential_stays_finite_beyond_its_ends_and_passes_on_what_is_not_a_number():
+    ends = exp(mx.array([-mx.inf, -1e5, 1e5, mx.inf]))
+    assert np.array(ends).tolist() == pytest.approx([np.exp(LOWEST)] * 2 + [np.exp(HIGHEST)] * 2, rel=3e-7)
+    assert np.isnan(swiglu(mx.array([mx.nan]), mx.array([1.0])).item())
+
+
+def test_value_and_gradient_are_those_of_the_formula():
+    rng = np.random.default_rng(0)
+    gate = np.concatenate([rng.normal(0, 4, 5000), [-200, -90, -30, 0, 30, 90, 200]]).astype(np.float32)
+    x, cotangent = rng.normal(0, 1, (2, gate.size)).astype(np.float32)
+    (value,), gradients = mx.vjp(swiglu, [mx.array(gate), mx.array(x)], [mx.array(cotangent)])
+    gate, x, cotangent = (each.astype(np.float64) for each in (gate, x, cotangent))
+    sigmoid = 1 / (1 + np.exp(-gate))
+    close = {"rtol": 2e-6, "atol": 1e-7}
+    np.testing.assert_allclose(np.array(value), gate * sigmoid * x, **close)
+    np.testing.assert_allclose(np.array(gradients[1]), cotangent * gate * sigmoid, **close)
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    np.testing.assert_allclose(np.array(gradients[0]), cotangent * x * slope, rtol=2e-6, atol=2e-6)
+
+
+def test_other_dtypes_are_computed_as_mlx_lm_does():
+    gate, x = mx.random.normal((2, 8, 16)).astype(mx.bfloat16)
+    assert mx.array_equal(swiglu(gate, x), swiglu_of_mlx_lm(gate, x))
+
+
+def test_it_is_put_into_one_model_and_nowhere_else(monkeypatch):
+    args = llama.ModelArgs("llama", 16, 1, 32, 2, 1e-5, 32)
+    quick, plain = llama.Model(args), llama.Model(args)
+    monkeypatch.setattr("mlx_backend.swiglu.swiglu", lambda gate, x: gate * 0)
+    quicken_swiglu(quick)
+    x = mx.random.normal((1, 4, 16))
+    assert not mx.any(quick.layers[0].mlp(x)).item()
+    assert mx.any(plain.layers[0].mlp(x)).item()
+    assert isinstance(quick.layers[0].mlp, nn.Module)
+
+
+def test_macs_keep_their_own(monkeypatch):
+    model = llama.Model(llama.ModelArgs("llama", 16, 1, 32, 2, 1e-5, 32))
+    monkeypatch.setattr("sys.platform", "darwin")
+    quicken_swiglu(model)
+    assert type(model.layers[0].mlp) is llama.MLP
