@@ -43,6 +43,7 @@ from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, modu
 from mlx_backend.loss import LossFunction
 from mlx_backend.model import choose_device, load_base
 from mlx_backend.names import adaptable_modules, refuse_foreign, weighted_modules
+from mlx_backend.recompute import keep_products
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
 from mlx_backend.streams import Streams
 
@@ -89,13 +90,16 @@ class MLXEngine:
         self._selection = select_at_head(self._model)
         self._packs = config.packing
         packing = separate_examples(self._model, model_dir) if config.packing else Packing()
+        self._origin = keep_products(self._model, on_gpu)
         if config.gradient_checkpointing:
-            checkpoint_layers(self._model, packing)
+            checkpoint_layers(self._model, packing, self._origin)
         self._model.eval()
         mx.eval(self._model.parameters())
         self._layout = FlatLayout(self._adapter.shapes())
         head = find_head(self._model, self._selection, model_config, self.dtype)
-        self._loss = LossFunction(self._model, self._selection, head, packing, self._adapter, self._layout)
+        self._loss = LossFunction(
+            self._model, self._selection, head, packing, self._origin, self._adapter, self._layout
+        )
         self._micro_gradient = make_micro_gradient(self._loss, self._streams, self.dtype)
         self._evaluate = make_evaluation(self._loss, self._streams)
         self._update = make_update(config, trainable_entries(self._layout, config.lora))
@@ -204,6 +208,7 @@ class MLXEngine:
     def _bind_weights(self) -> None:
         """Put the weights of now into the model, for passes outside a step."""
         self._streams.rejoin()
+        self._origin.followed = False
         self._adapter.bind(self._loss.split(self._weights) if self._layout.shapes else {})
 
     def _parts(self, micro: MicroBatch, dropout_seed: str | None = None) -> list[dict[str, Any]]:

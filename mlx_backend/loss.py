@@ -23,9 +23,10 @@ from mlx_backend.arrangement import Arrangement, Masked
 from mlx_backend.attention import Packing
 from mlx_backend.head import Head, HeadSelection, finished
 from mlx_backend.lora import Adapter
+from mlx_backend.origin import Origin
 from mlx_backend.streams import custom_gradient
 
-CHUNK_BYTES = 2**28  # of float32 logits
+CHUNK_BYTES = 2**27  # of float32 logits
 
 
 class LossFunction:
@@ -37,6 +38,7 @@ class LossFunction:
         selection: HeadSelection,
         head: Head | None,
         packing: Packing,
+        origin: Origin,
         adapter: Adapter,
         layout: FlatLayout,
     ) -> None:
@@ -46,6 +48,7 @@ class LossFunction:
         self._head = head
         self._head_loss = frozen_head_loss(head) if head else None
         self._packing = packing
+        self._origin = origin
         self._adapter = adapter
         self._layout = layout
 
@@ -75,10 +78,12 @@ class LossFunction:
         gradient can be taken in `training` alone.
         """
         self._adapter.bind(weights, dropout_key)
+        self._origin.followed = training
         selection = self._selection
         selection.positions, selection.leave_out = positions, self._head is not None
         with self._packing.follow(arrangement if masking is None else Masked(masking)):
             logits = self._model(token_ids)
+        self._origin.forget()
         hidden = selection.hidden
         selection.positions, selection.leave_out, selection.hidden = None, False, None
         if self._head is None or self._head_loss is None:
