@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from common.estimate.shape import ModelShape
 
-CHUNK_BYTES = 2**28  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
+CHUNK_BYTES = {"torch": 2**28, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
 # Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
 EAGER_HEAD_ARRAYS = 4.25
 # The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
@@ -55,7 +55,7 @@ class Setting:
     engine: str
     device_type: str  # "cuda", "metal", "mps" or "cpu"
     bytes_each: int  # of an activation
-    compiled: bool  # torch's layers, or MLX's step on a GPU
+    compiled: bool  # torch's layers
     packed: bool
     checkpointing: bool
     offloading: bool
@@ -81,7 +81,7 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     scores, scores_passing = _scores(shape, work, how)
     # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
     # of attention come when these are gone.
-    passing = max((5 * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
+    passing = max((_inner_passing(work, how) * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
     if how.checkpointing:
@@ -111,13 +111,27 @@ def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
 
 
 def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
-    """Count what a layer keeps on MLX: gate, up and their product compiled, sigmoid and SiLU besides where not.
+    """Count what a layer keeps on MLX: norms' results and gate, up and their product; on a CPU two steps between.
 
-    On a CPU each example has a copy of the beginning that it shares (mlx_backend/arrangement.py).
+    On a GPU it is less since products alone are kept (mlx_backend/recompute.py), by how much no GPU has shown. On a CPU
+    each example has a copy of the beginning that it shares (mlx_backend/arrangement.py), and in float32 SwiGLU keeps
+    what went in (mlx_backend/swiglu.py).
     """
-    inner = 3 if how.compiled else 5
-    copies = work.seen if how.device_type == "cpu" else 1
-    return 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys * copies + inner * shape.intermediate
+    on_cpu = how.device_type == "cpu"
+    inner = 5 if on_cpu and how.bytes_each < 4 else 3
+    keys = 2 * shape.keys * (work.seen if on_cpu else 1)
+    return 4 * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
+
+
+def _inner_passing(work: Work, how: Setting) -> float:
+    """Count the arrays as wide as the MLP that its backward pass holds; the steps of MLX's SwiGLU on a CPU queue up."""
+    queued = how.engine == "mlx" and how.device_type == "cpu" and how.bytes_each == 4
+    return max(5, MLX_QUEUED_ARRAYS / _groups(work, how)) if queued else 5
+
+
+def _groups(work: Work, how: Setting) -> int:
+    """Count the groups of rows that MLX computes side by side."""
+    return how.streams if how.packed else min(how.streams, work.rows)
 
 
 def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
@@ -136,7 +150,7 @@ def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
 
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
-    chunk = max(1, CHUNK_BYTES // (4 * shape.vocabulary))
+    chunk = max(1, CHUNK_BYTES[how.engine] // (4 * shape.vocabulary))
     inputs = 2 * work.supervised * shape.hidden * how.bytes_each
     if how.engine == "mlx":
         return 4 * shape.vocabulary * _mlx_logit_rows(work, how, chunk) + inputs
@@ -150,6 +164,5 @@ def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
 def _mlx_logit_rows(work: Work, how: Setting, chunk: int) -> int:
     """Count the rows of float32 logits, and of arrays like them, that MLX holds at once."""
     # Checkpointing has one stream's rows finished before the next one's begin (mlx_backend/__init__.py).
-    groups = how.streams if how.packed else min(how.streams, work.rows)
-    rows = MLX_HEAD_ARRAYS * math.ceil(work.supervised / (groups if how.checkpointing else 1))
+    rows = MLX_HEAD_ARRAYS * math.ceil(work.supervised / (_groups(work, how) if how.checkpointing else 1))
     return rows if how.trained_head else min(rows, MLX_QUEUED_ARRAYS * chunk)

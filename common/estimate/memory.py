@@ -88,9 +88,8 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
     if dtype == "auto":  # as both engines choose it
         half = machine.device_type == "cuda" or (name == "mlx" and machine.device_type == "metal")
         dtype = "bfloat16" if half else "float32"
-    gpu_mlx = name == "mlx" and machine.device_type != "cpu"
     by_default = machine.compiles and not config.lora.target_parameters
-    compiled = gpu_mlx if name == "mlx" else by_default if config.torch_compile is None else config.torch_compile
+    compiled = by_default if config.torch_compile is None else config.torch_compile
     return Setting(
         engine=name,
         device_type=machine.device_type,
