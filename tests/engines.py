@@ -10,11 +10,12 @@ import numpy as np
 
 from common.config import LoraConfig, TrainConfig
 from common.data.tokens import TokenDataset, build_dataset
-from common.engine import Engine, TrainState, open_engine
+from common.engine import Engine, StepBatch, TrainState, open_engine
 from common.initial import starting_weights
 from common.lora import as_stored
 
 ENGINES = ("mlx", "torch")
+Step = tuple[float, dict[str, np.ndarray]]  # loss and gradient
 # MLX multiplies float32 in TensorFloat-32 on CUDA unless told not to; the tests compare with exact float32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
@@ -41,3 +42,14 @@ def make_batches(examples: int = 22, seed: int = 0, vocabulary: int = 400, begin
         mask = [False] * beginning + [position >= answer for position in range(length)]
         rows.append((same + ids, mask, f"made:{index + 1}"))
     return build_dataset(rows)
+
+
+def gradient_of(engine: Engine, batch: StepBatch) -> Step:
+    """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
+    rng = np.random.default_rng(1)
+    state = TrainState.fresh(
+        {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in engine.adapter_shapes().items()}
+    )
+    engine.load_state(state)
+    result = engine.fetch(engine.train_step(batch, 1e-3))
+    return result.loss_sum, engine.read_state().moment1

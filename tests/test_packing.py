@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import ENGINES, make_batches, open_fresh
+from engines import ENGINES, Step, gradient_of, make_batches, open_fresh
 from tiny_models import FAMILIES, write_family
 
 from common.batches import BatchPlan
 from common.data.tokens import TokenDataset
-from common.engine import Engine, StepBatch, TrainState
+from common.engine import StepBatch
 from common.errors import UserError
 from common.layout import make_micro_batch
 from common.sampling import Sampling
@@ -23,7 +23,6 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5  # of the largest entry of a tensor
 
 
-Step = tuple[float, dict[str, np.ndarray]]  # loss and gradient
 PACKED = [(engine, name) for engine in ENGINES for name, family in FAMILIES.items() if engine in family.packs_on]
 UNPACKED = [(engine, name) for engine in ENGINES for name, family in FAMILIES.items() if engine not in family.packs_on]
 
@@ -191,14 +190,3 @@ def test_masked_rows_can_be_compiled_on_mlx(beginning, checkpoints):
     assert ("continued" in given[1]) == (beginning > 0)
     # Fused elementwise work rounds otherwise.
     np.testing.assert_allclose(np.array(mx.compile(logits)(*given)), np.array(logits(*given)), atol=1e-4)
-
-
-def gradient_of(engine: Engine, batch: StepBatch) -> Step:
-    """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
-    rng = np.random.default_rng(1)
-    state = TrainState.fresh(
-        {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in engine.adapter_shapes().items()}
-    )
-    engine.load_state(state)
-    result = engine.fetch(engine.train_step(batch, 1e-3))
-    return result.loss_sum, engine.read_state().moment1

@@ -5,13 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from engines import make_batches, open_fresh
+from engines import Step, gradient_of, make_batches, open_fresh
 from tiny_models import FAMILIES, write_family
 
 import mlx_backend.engine
 from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig
-from common.engine import Engine, TrainState
 from mlx_backend.recompute import is_mlp, is_norm, keep_products
 
 TOLERANCE = 2e-5  # of the largest entry of a tensor: sums in another order
@@ -41,8 +40,11 @@ def test_no_gradient_changes(family, settings, lora, tmp_path, monkeypatch):
     model = write_family(tmp_path / "model", family)
     common = {"max_grad_norm": 0, "max_seq_length": FAMILIES[family].max_seq_length}
 
-    def step() -> tuple[float, dict[str, np.ndarray]]:
-        return gradient_of(open_fresh("mlx", model, LoraConfig(**lora), **(common | settings)), settings)
+    capacity = settings["max_seq_length"] if settings.get("packing") else None
+    batch = BatchPlan(make_batches(8), 4, 2, 0, 1, capacity=capacity).step_batch(1)
+
+    def step() -> Step:
+        return gradient_of(open_fresh("mlx", model, LoraConfig(**lora), **(common | settings)), batch)
 
     keep(monkeypatch, products_alone=False)
     expected = step()
@@ -54,25 +56,15 @@ def test_no_gradient_changes(family, settings, lora, tmp_path, monkeypatch):
         assert np.abs(tensor).max() > 0
 
 
-def gradient_of(engine: Engine, settings: dict) -> tuple[float, dict[str, np.ndarray]]:
-    """Return the loss of a step and its gradient, read from the first moment of one update; A and B are random."""
-    rng = np.random.default_rng(1)
-    shapes = engine.adapter_shapes()
-    weights = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
-    engine.load_state(TrainState.fresh(weights))
-    capacity = settings["max_seq_length"] if settings.get("packing") else None
-    result = engine.fetch(engine.train_step(BatchPlan(make_batches(8), 4, 2, 0, 1, capacity=capacity).step_batch(1), 0))
-    return result.loss_sum, engine.read_state().moment1
-
-
 def test_generation_and_evaluation_go_the_plain_way(tmp_path, monkeypatch):
     keep(monkeypatch, products_alone=True)
     engine = open_fresh("mlx", write_family(tmp_path / "model", "llama"))
-    gradient_of(engine, {})
+    batch = BatchPlan(make_batches(8), 4, 1, 0, 1).step_batch(1)
+    gradient_of(engine, batch)
     tokens = np.arange(12).reshape(1, 12)
     engine.logits(tokens)
     assert not engine._origin.followed
-    engine.fetch(engine.eval_step(BatchPlan(make_batches(8), 4, 1, 0, 1).step_batch(1).micro_batches[0]))
+    engine.fetch(engine.eval_step(batch.micro_batches[0]))
     assert not engine._origin.followed
 
 
@@ -87,12 +79,10 @@ def test_every_dense_layer_has_an_mlp_and_its_norms_found(family, tmp_path):
 
 PEAKS = """
 import sys
-from pathlib import Path
 from mlx_backend.blas import use_fast_blas
 use_fast_blas()
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.models.llama import MLP, ModelArgs
 from mlx_backend.lora import LoRALinear
 from mlx_backend.recompute import keep_products

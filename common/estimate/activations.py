@@ -111,11 +111,11 @@ def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
 
 
 def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
-    """Count what a layer keeps on MLX: norms' results and gate, up and their product; on a CPU two steps between.
+    """Count what a layer keeps on MLX: norms' results and gate, up and their product.
 
-    On a GPU it is less since products alone are kept (mlx_backend/recompute.py), by how much no GPU has shown. On a CPU
-    each example has a copy of the beginning that it shares (mlx_backend/arrangement.py), and in float32 SwiGLU keeps
-    what went in (mlx_backend/swiglu.py).
+    A CPU keeps SwiGLU's two steps between besides, but not in float32 (mlx_backend/swiglu.py), and for each example a
+    copy of the beginning that it shares (mlx_backend/arrangement.py). A GPU keeps less since products alone are kept
+    (mlx_backend/recompute.py): not taken off until its newest peaks are understood.
     """
     on_cpu = how.device_type == "cpu"
     inner = 5 if on_cpu and how.bytes_each < 4 else 3
