@@ -38,6 +38,12 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
     elif on_cpu:
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
+    if mx.cuda.is_available():
+        # What goes to the device at once, in operations and in millions of numbers they read; 100 and 1000 by default
+        # on the largest cards. Up to ten such graphs wait there, and nothing that one of them reads is freed before it
+        # is done: 24.6 GB in place of 33.2 (3B, 4 x 2048, an H200), at the same speed. Metal's own numbers are small.
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "50")
     from mlx_backend.engine import MLXEngine
 
     return MLXEngine(config, model_dir, lora)

@@ -10,12 +10,11 @@ import mlx.nn as nn
 
 from mlx_backend.attention import Packing
 from mlx_backend.lora import dropout_keys, set_dropout_keys
-from mlx_backend.origin import Origin
 from mlx_backend.streams import on_this_stream
 from mlx_backend.tree import decoder_layers, specialise
 
 
-def checkpoint_layers(model: nn.Module, packing: Packing, origin: Origin) -> None:
+def checkpoint_layers(model: nn.Module, packing: Packing) -> None:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     for layer in decoder_layers(model):
         original = type(layer).__call__
@@ -29,9 +28,7 @@ def checkpoint_layers(model: nn.Module, packing: Packing, origin: Origin) -> Non
                 self.update(weights)
                 set_dropout_keys(self, keys)
                 with packing.follow(arrangement):
-                    out = _original(self, *args, **kwargs)
-                origin.forget()
-                return out
+                    return _original(self, *args, **kwargs)
 
             # Gradients flow only into arguments of a checkpointed function: the adapter has to be one of them.
             return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)

@@ -90,9 +90,9 @@ class MLXEngine:
         self._selection = select_at_head(self._model)
         self._packs = config.packing
         packing = separate_examples(self._model, model_dir) if config.packing else Packing()
-        self._origin = keep_products(self._model, on_gpu)
+        self._origin = keep_products(self._model, on_gpu, config.gradient_checkpointing)
         if config.gradient_checkpointing:
-            checkpoint_layers(self._model, packing, self._origin)
+            checkpoint_layers(self._model, packing)
         self._model.eval()
         mx.eval(self._model.parameters())
         self._layout = FlatLayout(self._adapter.shapes())

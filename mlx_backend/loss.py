@@ -144,23 +144,27 @@ def softmax_error(
 
     The derivative is (softmax - one-hot) * counted * factor, and by a soft cap c tanh(z / c) another 1 - tanh(z / c)^2.
     """
-    values = finished(output, after)
-    highest = values.max(axis=-1, keepdims=True)
+    values, at = finished(output, after), targets[:, None]
+    highest = finished(output.max(axis=-1, keepdims=True), after)  # what follows a head keeps the order
     exponentials = mx.exp(values - highest)
-    total = two_level_sum(exponentials)
-    chosen = mx.take_along_axis(values - highest, targets[:, None], axis=-1)[:, 0]
-    scale = counted * after.factor
-    error = (exponentials * (scale / total)[:, None]).at[mx.arange(len(targets)), targets].add(-scale)
+    total = two_level_sum(exponentials)[:, None]
+    chosen = finished(mx.take_along_axis(output, at, axis=-1), after)
+    scale = (counted * after.factor)[:, None]
+    error = exponentials * (scale / total)
+    error_of_chosen = (mx.exp(chosen - highest) / total - 1) * scale
     if after.soft_cap is not None:
         error = error * (1 - mx.square(values / after.soft_cap))
-    return ((mx.log(total) - chosen) * counted).sum(), error.astype(output.dtype)
+        error_of_chosen = error_of_chosen * (1 - mx.square(chosen / after.soft_cap))
+    # Put in, not subtracted: after rounding, or one more pass over float32 numbers.
+    error = mx.put_along_axis(error.astype(output.dtype), at, error_of_chosen.astype(output.dtype), axis=-1)
+    return ((mx.log(total) + highest - chosen)[:, 0] * counted).sum(), error
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Return -log softmax(logits)[target] in nats, (N,), for float32 logits (N, V)."""
     highest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = two_level_sum(mx.exp(logits - highest))
-    return mx.log(total) - mx.take_along_axis(logits - highest, targets[:, None], axis=-1)[:, 0]
+    return mx.log(total) + (highest - mx.take_along_axis(logits, targets[:, None], axis=-1))[:, 0]
 
 
 def two_level_sum(array: mx.array) -> mx.array:

@@ -21,7 +21,7 @@ from mlx_backend.names import routers
 from mlx_backend.products import choose_products
 from mlx_backend.quantize import quantize_layers, set_dtype
 from mlx_backend.stored import classes_for_packed
-from mlx_backend.swiglu import quicken_swiglu
+from mlx_backend.swiglu import lighten_swiglu
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -62,7 +62,7 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> 
         ) from None
     set_dtype(model, DTYPES[dtype])
     lighten_attention(model)
-    quicken_swiglu(model)
+    lighten_swiglu(model)
     amend(model, config, DTYPES[dtype])
     if quantization.way and stored_format(config) is None:
         quantize_layers(model, quantization, {output_head(model)[0], *routers(model)})

@@ -33,19 +33,20 @@ class Products:
         self.read: Iterator[mx.array] | None = None
 
 
-def keep_products(model: nn.Module, on_gpu: bool) -> Origin:
+def keep_products(model: nn.Module, on_gpu: bool, checkpointing: bool) -> Origin:
     """Let a model's layers keep products alone; returns where the inputs of adapters come from.
 
     Not on a CPU: there no compiler keeps the graph for the next step, and building this one takes a tenth of a step.
+    With checkpointing a layer is computed again as it is, and one at a time: there adapters only keep to their order.
     """
     origin = Origin()
     for layer in decoder_layers(model) if on_gpu else ():
-        for norm in filter(is_norm, layer.children().values()):
+        for norm in filter(is_norm, layer.children().values()) if not checkpointing else ():
             _note_input(norm, origin)
         for module in layer.modules():
             if isinstance(module, LoRALinear):
                 module._origin = origin
-            elif is_mlp(module):
+            elif is_mlp(module) and not checkpointing:
                 _keep_products(module, origin)
     return origin
 

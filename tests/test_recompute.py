@@ -32,7 +32,11 @@ CASES = [
 
 def keep(monkeypatch: pytest.MonkeyPatch, products_alone: bool) -> None:
     """Let engines opened from here on keep products alone or what MLX by itself does, whatever their device."""
-    monkeypatch.setattr(mlx_backend.engine, "keep_products", lambda model, _: keep_products(model, products_alone))
+    monkeypatch.setattr(
+        mlx_backend.engine,
+        "keep_products",
+        lambda model, _, checkpointing: keep_products(model, products_alone, checkpointing),
+    )
 
 
 @pytest.mark.parametrize(("family", "settings", "lora"), CASES)
@@ -113,7 +117,7 @@ args = ModelArgs("llama", WIDTH, 1, INNER, 1, 1e-5, 8)
 peaks = []
 for number in (4, 12):
     model = Stack(number)
-    origin = keep_products(model, sys.argv[1] == "True")
+    origin = keep_products(model, sys.argv[1] == "True", False)
     origin.followed = True
 
     def loss(weights, x):

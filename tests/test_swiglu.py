@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu as swiglu_of_mlx_lm
 
-from mlx_backend.swiglu import HIGHEST, LOWEST, exp, quicken_swiglu, swiglu
+from mlx_backend.swiglu import HIGHEST, LOWEST, exp, lighten_swiglu, swiglu
 
 
 def test_exponential_is_numpys_to_a_few_roundings():
@@ -46,7 +46,7 @@ def test_it_is_put_into_one_model_and_nowhere_else(monkeypatch):
     args = llama.ModelArgs("llama", 16, 1, 32, 2, 1e-5, 32)
     quick, plain = llama.Model(args), llama.Model(args)
     monkeypatch.setattr("mlx_backend.swiglu.swiglu", lambda gate, x: gate * 0)
-    quicken_swiglu(quick)
+    lighten_swiglu(quick)
     x = mx.random.normal((1, 4, 16))
     assert not mx.any(quick.layers[0].mlp(x)).item()
     assert mx.any(plain.layers[0].mlp(x)).item()
@@ -56,5 +56,5 @@ def test_it_is_put_into_one_model_and_nowhere_else(monkeypatch):
 def test_macs_keep_their_own(monkeypatch):
     model = llama.Model(llama.ModelArgs("llama", 16, 1, 32, 2, 1e-5, 32))
     monkeypatch.setattr("sys.platform", "darwin")
-    quicken_swiglu(model)
+    lighten_swiglu(model)
     assert type(model.layers[0].mlp) is llama.MLP
