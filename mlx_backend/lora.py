@@ -41,16 +41,19 @@ class LoRALinear(nn.Module):
         self._keep = 1.0 - dropout
         self._dropout_key: mx.array | None = None  # set for a training step, None without dropout
         self._origin: Origin | None = None  # where products alone are kept (mlx_backend/recompute.py)
+        self._given: tuple[mx.array, mx.array] | None = None  # x and A x (mlx_backend/siblings.py)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
         return self._raised(self._low(x), self.linear(x))
 
     def _low(self, x: mx.array) -> mx.array:
-        """Compute A dropout(x)."""
+        """Compute A dropout(x), where nobody has given it."""
+        if self._given is not None and self._given[0] is x:
+            return self._given[1]
         if self._origin is None or not self._origin.followed:
             return self._dropped(x, self._dropout_key) @ self.lora_a.astype(x.dtype).T
-        return project_down(x, *self._origin.of(x), self.lora_a, self._dropped, self._dropout_key)
+        return project_down(x, *self._origin.of(x), [self.lora_a], self._dropped, self._dropout_key)[0]
 
     def _raised(self, low: mx.array, base: mx.array) -> mx.array:
         """Add scale * B low to what the linear module gave."""

@@ -7,7 +7,9 @@ for those of the weights. Otherwise MLX may put these off to the end of the step
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,23 +20,25 @@ Drop = Callable[[mx.array, mx.array | None], mx.array]
 
 
 def project_down(
-    x: mx.array, source: mx.array, compute: Compute, a: mx.array, drop: Drop, key: mx.array | None
-) -> mx.array:
-    """Return drop(x, key) A^T (..., r) for x = compute(source) (..., in) and A (r, in), in the dtype of x."""
-    dtype = x.dtype
+    x: mx.array, source: mx.array, compute: Compute, weights: Sequence[mx.array], drop: Drop, key: mx.array | None
+) -> Sequence[mx.array]:
+    """Return drop(x, key) A^T (..., r) of each A (r, in), in the dtype of x = compute(source) (..., in)."""
+    dtype, ends = x.dtype, list(itertools.accumulate(len(a) for a in weights))[:-1]
 
-    def product(x: mx.array, source: mx.array, a: mx.array, key: mx.array | None = None) -> mx.array:
-        return drop(x, key) @ a.astype(dtype).T
+    def product(x: mx.array, source: mx.array, a: mx.array, key: mx.array | None = None) -> list[mx.array]:
+        return mx.split(drop(x, key) @ a.astype(dtype).T, ends, axis=-1)
 
-    def gradient(primals: Sequence[mx.array], of_low: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def gradient(primals: Sequence[mx.array], of_lows: Sequence[mx.array], _: Any) -> tuple[mx.array, ...]:
         _, source, a, *keys = primals
+        of_low = mx.concatenate(of_lows, axis=-1)
         source, *keys = mx.depends([source, *keys], [of_low])
         key = keys[0] if keys else None
         of_a = (_rows(of_low).T @ _rows(drop(compute(source), key))).astype(a.dtype)
         (of_x,) = mx.depends([drop(of_low @ a.astype(dtype), key)], [of_a])
         return of_x, mx.zeros_like(source), of_a, *map(mx.zeros_like, keys)
 
-    return custom_gradient(product, gradient)(x, source, a, *([] if key is None else [key]))
+    keys = [] if key is None else [key]
+    return custom_gradient(product, gradient)(x, source, mx.concatenate(weights), *keys)
 
 
 def project_up(low: mx.array, b: mx.array, scale: float, base: mx.array) -> mx.array:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.lora import LoRALinear, dropout_keys, set_dropout_keys
 from mlx_backend.origin import Origin
+from mlx_backend.siblings import stack_siblings
 from mlx_backend.streams import custom_gradient
 from mlx_backend.tree import decoder_layers, specialise
 
@@ -46,8 +47,10 @@ def keep_products(model: nn.Module, on_gpu: bool, checkpointing: bool) -> Origin
         for module in layer.modules():
             if isinstance(module, LoRALinear):
                 module._origin = origin
-            elif is_mlp(module) and not checkpointing:
+                continue
+            if is_mlp(module) and not checkpointing:
                 _keep_products(module, origin)
+            stack_siblings(module, origin)
     return origin
 
 
@@ -134,12 +137,21 @@ def _as_known(linear: nn.Module, original: Callable, product: mx.array, x: mx.ar
 
 
 def _as_function(module: nn.Module, method: Callable) -> tuple[list[mx.array], Callable[..., mx.array]]:
-    """Return a module's trainable weights and f(x, *weights): gradients flow into arguments alone."""
+    """Return what a module reads besides x, and f(x, *these): gradients flow into arguments alone.
+
+    That is its trainable weights, and what its adapters were given.
+    """
     pairs = tree_flatten(module.trainable_parameters())
     names = [name for name, _ in pairs]
+    adapters = [each for each in module.modules() if isinstance(each, LoRALinear) and each._given is not None]
 
-    def call(x: mx.array, *weights: mx.array) -> mx.array:
-        module.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        return method(module, x)
+    def call(x: mx.array, *arrays: mx.array) -> mx.array:
+        module.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+        for adapter, low in zip(adapters, arrays[len(names) :], strict=True):
+            adapter._given = x, low
+        out = method(module, x)
+        for adapter in adapters:
+            adapter._given = None
+        return out
 
-    return [weight for _, weight in pairs], call
+    return [*(weight for _, weight in pairs), *(adapter._given[1] for adapter in adapters)], call

@@ -13,7 +13,7 @@ from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig
 from mlx_backend.recompute import is_mlp, is_norm, keep_products
 
-TOLERANCE = 2e-5  # of the largest entry of a tensor: sums in another order
+TOLERANCE = 4e-5  # of the largest entry of a tensor: sums in another order
 
 DENSE = [name for name, family in FAMILIES.items() if not any("experts" in key for key in family.settings)]
 CASES = [

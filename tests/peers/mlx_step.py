@@ -7,15 +7,16 @@ Run: python tests/peers/mlx_step.py                                      the qui
 
 mlx-lm runs as its users run it: `mlx_lm.tuner.trainer.train` with its loss, its padded batches and its LoRA layers, on
 all linear modules; it has no packing and gets as many examples a step as a packed row holds, counted without sharing.
-Both compute in the same dtype, float32 on a CPU and bfloat16 on a GPU, and on a Linux CPU both have OpenBLAS. Weights
-and tokens of shapes are random. Each measurement is a process of its own; times are medians of single steps, tokens are
-counted without padding.
+twintune launches each step before it waits for the last, as `train` does. Both compute in the same dtype, float32 on a
+CPU and bfloat16 on a GPU, and on a Linux CPU both have OpenBLAS. Weights and tokens of shapes are random. Each
+measurement is a process of its own; times are medians of single steps, tokens are counted without padding.
 `MLX GB` is the peak of MLX's allocator from the first step on, `process GB` the highest resident memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -188,7 +189,7 @@ def random_data(rows: int, length: int, packed: bool) -> TokenDataset:
 
 
 def ours(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> dict[str, Any]:
-    """Run steps one by one, as mlx-lm's trainer does; `train` itself launches one ahead."""
+    """Run steps as `train` does: each is launched before the one before it is waited for."""
     engine = open_engine("mlx", config, base, config.lora)
     import mlx.core as mx
 
@@ -196,15 +197,19 @@ def ours(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> dic
     mx.clear_cache()
     mx.reset_peak_memory()
     plan = BatchPlan.of(data, config)
-    seconds: list[float] = []
+    ends = [time.perf_counter()]
     counts: list[tuple[int, int]] = []
+    launched: Any = None
     for step in range(1, UNTIMED + steps + 1):
-        began = time.perf_counter()
         batch = plan.step_batch(step)
-        engine.fetch(engine.train_step(batch, config.learning_rate))
-        seconds.append(time.perf_counter() - began)
         counts.append((batch.num_tokens, batch.num_loss_tokens))
-    return rates(seconds, counts, steps)
+        before, launched = launched, engine.train_step(batch, config.learning_rate)
+        if before:
+            engine.fetch(before)
+            ends.append(time.perf_counter())
+    engine.fetch(launched)
+    ends.append(time.perf_counter())
+    return rates([end - begin for begin, end in itertools.pairwise(ends)], counts, steps)
 
 
 def rates(seconds: list[float], counts: list[tuple[int, int]], steps: int) -> dict[str, float]:
