@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, write_family
 import mlx_backend.engine
 from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig
+from mlx_backend.low_rank import project_down
 from mlx_backend.recompute import is_mlp, is_norm, keep_products
 
 TOLERANCE = 4e-5  # of the largest entry of a tensor: sums in another order
@@ -24,6 +25,8 @@ CASES = [
     ("llama", {}, {"use_dora": True}),
     ("llama", {}, {"use_dora": True, "lora_dropout": 0.2}),
     ("llama", {}, {"target_modules": ["q_proj", "up_proj"]}),
+    ("llama", {}, {"rank_pattern": {"k_proj": 3, "up_proj": 5}}),
+    ("llama", {"gradient_checkpointing": True}, {"use_dora": True}),
     ("llama", {}, {"modules_to_save": ["input_layernorm", "post_attention_layernorm"]}),
     ("llama", {"quantization": QuantizationConfig(load_in_4bit=True)}, {}),
     ("llama", {"packing": True, "max_seq_length": 120}, {}),
@@ -70,6 +73,31 @@ def test_generation_and_evaluation_go_the_plain_way(tmp_path, monkeypatch):
     assert not engine._origin.followed
     engine.fetch(engine.eval_step(batch.micro_batches[0]))
     assert not engine._origin.followed
+
+
+@pytest.mark.parametrize(
+    ("lora", "products"),
+    [
+        ({}, [3, 1, 2, 1]),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, [2, 1]),
+        ({"lora_dropout": 0.1}, [1] * 7),
+    ],
+)
+def test_adapters_that_read_the_same_share_a_product(lora, products, tmp_path, monkeypatch):
+    counts: list[int] = []
+
+    def counted(x, source, compute, weights, *more):
+        counts.append(len(weights))
+        return project_down(x, source, compute, weights, *more)
+
+    for module in ("siblings", "lora"):
+        monkeypatch.setattr(f"mlx_backend.{module}.project_down", counted)
+    keep(monkeypatch, products_alone=True)
+    engine = open_fresh("mlx", write_family(tmp_path / "model", "llama"), LoraConfig(**lora))
+    step = BatchPlan(make_batches(2), 2, 1, 0, 1).step_batch(1)
+    gradient_of(engine, step)
+    passes = len(engine._parts(step.micro_batches[0])) * len(engine._model.layers)
+    assert counts[: passes * len(products)] == products * passes  # of the forward pass, which comes first
 
 
 @pytest.mark.parametrize("family", DENSE)
