@@ -78,6 +78,8 @@ MEASURED = [
     ("torch", {"quantization": NF4, **CHECKPOINTED, "per_device_train_batch_size": 1}, Workload(), 3.64),
     ("torch", {"packing": True}, PACKED, 23.4),
     ("torch", {"packing": True, "torch_compile": False}, PACKED, 43.4),
+    ("mlx", {}, Workload(), 23.62),
+    ("mlx", CHECKPOINTED, Workload(), 10.08),
 ]
 
 
@@ -91,18 +93,6 @@ def test_estimates_are_within_a_tenth_of_what_was_measured_on_a_card(engine, cha
     memory = estimate_memory(LLAMA_3B, config, workload.work(config), engine, H200)
     print(f"{memory.total / 1e9:.2f} estimated, {peak} measured", memory.parts)
     assert memory.total == pytest.approx(peak * GB, rel=0.1)
-
-
-def test_mlx_on_a_card_keeps_what_two_measured_peaks_differ_by():
-    """58.5 GB in bfloat16, 35.9 in 4 bits with checkpointing, both with whole logits, which are as many in either."""
-    whole, less = settings(), settings(quantization=MLX4, **CHECKPOINTED)
-    sizes = [estimate_memory(LLAMA_3B, each, Work(4, 2048, 8, 2048), "mlx", H200) for each in (whole, less)]
-    layers = activations(
-        LLAMA_3B, Work(4, 2048, 8, 2048), Setting("mlx", "cuda", 2, True, False, False, False, False, 0)
-    )
-    weights = sizes[0].parts["weights"] - sizes[1].parts["weights"]
-    inputs = 28 * 3072 * 8192 * 2
-    assert weights + layers.kept - inputs == pytest.approx((58.5 - 35.9) * GB, rel=0.1)
 
 
 # The quickstart in `twintune train` on two CPU cores, peak of the process, 2026-11-23.

@@ -113,14 +113,15 @@ def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
 def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count what a layer keeps on MLX: norms' results and gate, up and their product.
 
-    A CPU keeps SwiGLU's two steps between besides, but not in float32 (mlx_backend/swiglu.py), and for each example a
-    copy of the beginning that it shares (mlx_backend/arrangement.py). A GPU keeps less since products alone are kept
-    (mlx_backend/recompute.py): not taken off until its newest peaks are understood.
+    A GPU computes norms and the product again (mlx_backend/recompute.py), but not of a layer that is computed again as
+    a whole. A CPU keeps SwiGLU's two steps between besides, where it isn't in float32 (mlx_backend/swiglu.py), and for
+    each example a copy of the beginning that it shares (mlx_backend/arrangement.py).
     """
     on_cpu = how.device_type == "cpu"
-    inner = 5 if on_cpu and how.bytes_each < 4 else 3
+    again = not on_cpu and not how.checkpointing
+    inner = 5 if on_cpu and how.bytes_each < 4 else 2 if again else 3
     keys = 2 * shape.keys * (work.seen if on_cpu else 1)
-    return 4 * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
+    return (2 if again else 4) * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
 
 
 def _inner_passing(work: Work, how: Setting) -> float:

@@ -2,7 +2,8 @@
 
 Run: python tests/peers/mlx_step.py                                      the quickstart: SmolLM2 and its data
      python tests/peers/mlx_step.py --shape 3b --rows 4                  Llama-3.2-3B's shape, for a GPU
-     python tests/peers/mlx_step.py --shape 3b --longest 16              the longest row that trains within 16 GB
+     python tests/peers/mlx_step.py --shape 8b --longest 32 --settings "4 bits, checkpointing"
+                                                                         the longest row of an 8B within 32 GB
      python tests/peers/mlx_step.py --shape small --lengths 1024 2048 4096 8192    how memory grows with the length
 
 mlx-lm runs as its users run it: `mlx_lm.tuner.trainer.train` with its loss, its padded batches and its LoRA layers, on
@@ -45,6 +46,10 @@ SHAPES: dict[str, dict[str, int]] = {
     "3b": {
         **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 128256},
         **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
+    },
+    "8b": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False},
     },
     "small": {
         **{"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 8192},
