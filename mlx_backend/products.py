@@ -3,7 +3,8 @@
 `quantized_matmul` reads the packed weight for every block of rows; past some number of rows it is cheaper to unpack
 it once and let the ordinary product run, 3.4 times for 8,192 rows on an H200. Where that number lies depends on the
 machine, so it is measured once, with one layer of the model, and kept in the user's cache folder. Both ways are the
-same product up to rounding. The cost: some tenths of a second at the first start with a format.
+same product up to rounding. The cost: some tenths of a second at the first start with a format, and where MLX compiles
+its kernel then, on CUDA, half a minute.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common.files import cache_folder, write_text
 from mlx_backend.frozen import recomputed_product
 
 ROWS = (16, 64, 256, 1024, 4096)
+ROWS_ON_CUDA = (256, 4096)  # MLX compiles a kernel for each: 110 s for the first three of ROWS (an H200)
 NEVER = 2**31
 CLEARLY = 0.9  # of the kernel's time, to be called faster
 LONGEST = 0.3  # seconds of one measurement, after which no larger one is made
@@ -94,10 +96,10 @@ def _min_rows(name: str, layer: ChosenLinear, dtype: mx.Dtype) -> int:
     return known[key]
 
 
-def measure(layer: ChosenLinear, dtype: mx.Dtype, rows: Sequence[int] = ROWS) -> int:
+def measure(layer: ChosenLinear, dtype: mx.Dtype, rows: Sequence[int] | None = None) -> int:
     """Return the first of some numbers of rows for which forward and gradient are faster unpacked, else NEVER."""
     columns = layer.weight.shape[1] * 32 // layer.bits
-    for count in rows:
+    for count in rows or (ROWS_ON_CUDA if mx.cuda.is_available() else ROWS):
         x = mx.ones((count, columns), dtype)
         seconds = []
         for min_rows in (NEVER, 0):

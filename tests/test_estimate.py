@@ -80,6 +80,11 @@ MEASURED = [
     ("torch", {"packing": True, "torch_compile": False}, PACKED, 43.4),
     ("mlx", {}, Workload(), 23.62),
     ("mlx", CHECKPOINTED, Workload(), 10.08),
+    ("mlx", {"quantization": MLX4}, Workload(), 19.54),
+    ("mlx", {"quantization": MLX4, **CHECKPOINTED}, Workload(), 6.15),
+    ("mlx", {"quantization": MLX4, **CHECKPOINTED, "per_device_train_batch_size": 1}, Workload(), 4.11),
+    ("mlx", {"quantization": NF4, **CHECKPOINTED}, Workload(), 6.31),
+    ("mlx", {"quantization": NF4, **CHECKPOINTED, "per_device_train_batch_size": 1}, Workload(), 4.31),
 ]
 
 
