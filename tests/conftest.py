@@ -24,7 +24,7 @@ from mlx_backend.blas import use_fast_blas
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ["workplace"]
-WORKER_BYTES = 4 * 10**9  # a worker grows to 1.5 GB, and a test's own processes take as much again
+WORKER_BYTES = 4 * 10**9  # a worker grows to 2.2 GB, and a process that its test starts may take as much
 MOST_WORKERS = 8  # each imports torch and MLX and makes the session's models again
 
 use_fast_blas()  # before anything imports mlx.core
