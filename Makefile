@@ -71,8 +71,8 @@ setup: $(VENV)/.dev ## Set up the development environment: both engines and the 
 
 model: $(MODEL)/config.json ## Fetch and convert the quickstart's model, SmolLM2-135M-Instruct
 
-test: $(VENV)/.dev $(MODEL)/config.json ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev $(MODEL)/config.json ## Run the tests, a worker for each CPU (ARGS='-n 0 tests/test_cli.py': one file, no workers)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 test-faults: $(VENV)/.dev ## Kill 200 runs of each engine at random moments and resume them (FAULTS=200)
 	TWINTUNE_FAULTS=$(FAULTS) $(BIN)/python -m pytest -s tests/test_faults.py $(ARGS)

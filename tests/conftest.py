@@ -1,4 +1,7 @@
-"""Fixtures of the whole suite: the fast BLAS first, tiny models once a session."""
+"""Fixtures of the whole suite: the fast BLAS first, tiny models once a session, and how `make test` spreads over CPUs.
+
+Nothing here needs several processes: `pytest tests/test_x.py` runs in one, on all CPUs.
+"""
 
 import json
 import os
@@ -7,13 +10,22 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
+# Before numpy and torch read it: beside other workers each keeps to one thread, as theirs would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from common.base.weights import rope_in_both_forms
+from common.cpus import available_cpus
 from mlx_backend.blas import use_fast_blas
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["workplace"]
+WORKER_BYTES = 4 * 10**9  # a worker grows to 2.2 GB, and a process that its test starts may take as much
+MOST_WORKERS = 8  # each imports torch and MLX and makes the session's models again
 
 use_fast_blas()  # before anything imports mlx.core
 
@@ -22,6 +34,12 @@ use_fast_blas()  # before anything imports mlx.core
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Say how many workers `-n auto` is: one a CPU, as far as the memory goes."""
+    return max(1, min(available_cpus(), psutil.virtual_memory().total // WORKER_BYTES, MOST_WORKERS))
 
 
 @pytest.fixture(scope="session")

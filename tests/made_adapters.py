@@ -1,4 +1,4 @@
-"""Adapters made by PEFT and by mlx-lm themselves, with random weights, B too, and the logits they compute with them."""
+"""Adapters made by PEFT and by mlx-lm themselves, with random weights, B too; the logits they compute, and ours."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import peft
 import torch
+from engines import open_fresh
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config
@@ -15,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM
 
-from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
 from common.adapters.files import MLX_WEIGHTS_NAME
-from common.engine import Array
+from common.engine import Array, TrainState
 
 TOKENS = np.random.default_rng(7).integers(1, 400, (2, 11)).astype(np.int32)
 NAMES = ["q_proj", "down_proj"]
+ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit
 
 
 def base_model(model: Path) -> torch.nn.Module:
@@ -88,3 +90,16 @@ def save_mlx(
     save_config(config | {"lora_parameters": parameters}, directory / CONFIG_NAME)
     mx.save_safetensors(str(directory / MLX_WEIGHTS_NAME), dict(tree_flatten(tuned.trainable_parameters())))
     return mlx_logits(tuned)
+
+
+def imported_logits(engine: str, model: Path, adapter: Path) -> Array:
+    """Compute with an adapter as every verb does."""
+    weights, config = read_adapter(adapter)
+    opened = open_fresh(engine, model, lora_of(config, adapter))
+    opened.load_state(TrainState.fresh(fitted_weights(weights, opened, adapter)))
+    return opened.logits(TOKENS)
+
+
+def assert_same(found: Array, expected: Array, base: Array) -> None:
+    assert np.abs(expected - base).max() > 0.1, "the adapter does nothing, so this test can't fail"
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())

@@ -1,23 +1,21 @@
 """Adapters that PEFT and mlx-lm wrote, read here: the logits are theirs on both engines, whatever the files' quirks."""
 
-import io
 import json
 import shutil
-import types
 from collections.abc import Mapping
 from pathlib import Path
 
-import mlx_lm.lora
 import numpy as np
 import peft
 import pytest
 import torch
-from engines import DEVICE, ENGINES, open_fresh
+from engines import DEVICE, ENGINES
 from made_adapters import (
     NAMES,
-    TOKENS,
+    assert_same,
     base_model,
     edit,
+    imported_logits,
     mlx_logits,
     mlx_model,
     peft_logits,
@@ -26,28 +24,19 @@ from made_adapters import (
     save_mlx,
     save_raw,
 )
-from mlx_lm.tuner.utils import load_adapters
-from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from tiny_models import write_llama
-from tiny_tokenizer import CORPUS
 
-from common import launch
-from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, fitted_weights, lora_of, read_adapter
+from common.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, lora_of, read_adapter
 from common.adapters.files import MLX_WEIGHTS_NAME
 from common.base.weights import rope_in_both_forms
-from common.config import TrainConfig
-from common.engine import Array, TrainState
+from common.engine import Array
 from common.errors import UserError
-from common.evaluate.beside_base import evaluate_adapter
-from common.export.export import Request, export
 from common.lora import lora_a_key, magnitude_key
 from common.runs.start import is_plain_adapter
-from common.talk import speaker as talk
 from mlx_backend.model import choose_device
 
-ROUNDING = 2e-5  # float32 sums in another order, relative to the largest logit
 ON_BOTH = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -64,19 +53,6 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | rope_in_both_forms(config)))
     return directory
-
-
-def imported_logits(engine: str, model: Path, adapter: Path) -> Array:
-    """Compute with an adapter as every verb does."""
-    weights, config = read_adapter(adapter)
-    opened = open_fresh(engine, model, lora_of(config, adapter))
-    opened.load_state(TrainState.fresh(fitted_weights(weights, opened, adapter)))
-    return opened.logits(TOKENS)
-
-
-def assert_same(found: Array, expected: Array, base: Array) -> None:
-    assert np.abs(expected - base).max() > 0.1, "the adapter does nothing, so this test can't fail"
-    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
 
 
 # --- PEFT
@@ -337,116 +313,7 @@ def test_an_mlx_config_that_does_not_say_what_its_weights_mean_is_refused(change
         read_adapter(tmp_path)
 
 
-# --- Every place that takes an adapter
-
-
-def texts(directory: Path) -> Path:
-    directory.mkdir()
-    for name in ("train", "valid"):
-        lines = [json.dumps({"text": text}) for text in CORPUS]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
-
-
-def run_config(model: Path, folder: Path, **settings: object) -> TrainConfig:
-    ids = [np.random.default_rng(seed).integers(1, 360, 12).tolist() for seed in range(4)]
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": each, "labels": each}) + "\n" for each in ids))
-    values = {
-        "model_name_or_path": str(model),
-        "output_dir": str(folder / "out"),
-        "data": {"train": str(data), "test": str(data)},
-        "device": DEVICE,
-        "dtype": "float32",
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-    }
-    return TrainConfig.from_dict(values | settings)
-
-
-def train(config: TrainConfig, resume: str | None = None) -> str:
-    printed = io.StringIO()
-    launch.train(config, launch.Request("config.json", resume), Console(file=printed, width=300))
-    return printed.getvalue()
-
-
-def trained_by_mlx_lm(model: Path, folder: Path) -> Path:
-    """Let mlx-lm's own trainer make an adapter of the last layer; returns its folder."""
-    wanted = {
-        "model": str(model),
-        "data": str(texts(folder / "texts")),
-        "train": True,
-        "num_layers": 1,
-        "batch_size": 2,
-        "iters": 4,
-        "val_batches": 1,
-        "learning_rate": 1e-2,
-        "adapter_path": str(folder / "adapters"),
-        "lora_parameters": {"rank": 6, "dropout": 0.0, "scale": 2.5},
-    }
-    mlx_lm.lora.run(types.SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | wanted)))
-    return folder / "adapters"
-
-
-def test_an_adapter_trained_by_mlx_lm_goes_on_here_on_torch_and_back_in_mlx_lm(tiny_model, tmp_path):
-    given = trained_by_mlx_lm(tiny_model, tmp_path)
-    base, theirs = mlx_model(tiny_model), load_adapters(mlx_model(tiny_model), str(given))
-    assert_same(imported_logits("torch", tiny_model, given), mlx_logits(theirs), mlx_logits(base))
-
-    lora = {"r": 6, "lora_alpha": 15, "layers_to_transform": [1]}
-    config = run_config(tiny_model, tmp_path, engine="torch", lora=lora, adapter_name_or_path=str(given))
-    assert f"Starting from the weights of {given}" in train(config)
-    final = tmp_path / "out" / "final"
-    export(Request(final, tmp_path / "back", "mlx", engine="torch"), Console(quiet=True))
-    back = mlx_logits(load_adapters(mlx_model(tiny_model), str(tmp_path / "back" / "mlx")))
-    assert np.abs(back - mlx_logits(theirs)).max() > 0.1, "it was not trained any further"
-    assert_same(imported_logits("torch", tiny_model, final), back, mlx_logits(base))
-
-
-@ON_BOTH
-def test_an_adapter_of_mlx_lm_is_resumed_and_one_of_its_last_layers_offers_what_to_write(engine, tiny_model, tmp_path):
-    save_mlx(tiny_model, tmp_path / "given", num_layers=1)
-    lora = {"r": 4, "lora_alpha": 12}
-    with pytest.raises(UserError) as error:
-        train(run_config(tiny_model, tmp_path, engine=engine, lora=lora), resume=str(tmp_path / "given"))
-    assert str(error.value) == (
-        f"{tmp_path / 'given'}: has no weights for model.layers.0.mlp.down_proj (6 more), unlike the config; "
-        "write lora.layers_to_transform: [1]"
-    )
-    lora |= {"layers_to_transform": [1]}
-    printed = train(run_config(tiny_model, tmp_path, engine=engine, lora=lora), resume=str(tmp_path / "given"))
-    assert f"Starting from the weights of {tmp_path / 'given'}" in printed
-
-
-def test_other_modules_of_an_mlx_adapter_are_said_as_the_config_wants_them(tiny_model, tmp_path):
-    save_mlx(tiny_model, tmp_path / "given", num_layers=1, keys=["self_attn.q_proj"])
-    config = run_config(
-        tiny_model, tmp_path, engine="torch", lora={"r": 4, "lora_alpha": 12, "target_modules": "k_proj"}
-    )
-    with pytest.raises(UserError, match="matches no linear module"):
-        train(config, resume=str(tmp_path / "given"))
-    lora = {"r": 4, "lora_alpha": 12, "target_modules": ["k_proj"]}
-    with pytest.raises(UserError) as error:
-        train(run_config(tiny_model, tmp_path, engine="torch", lora=lora), resume=str(tmp_path / "given"))
-    assert str(error.value).endswith('write lora.target_modules: ["self_attn.q_proj"], lora.layers_to_transform: [1]')
-
-
-def test_a_start_from_a_part_of_the_base_and_one_from_an_adapter_are_one_too_many(tiny_model, tmp_path):
-    save_mlx(tiny_model, tmp_path / "given")
-    lora = {"r": 4, "lora_alpha": 12, "init_lora_weights": "pissa"}
-    with pytest.raises(UserError, match=r"lora\.init_lora_weights: pissa: the run begins from an adapter"):
-        train(run_config(tiny_model, tmp_path, engine="torch", lora=lora), resume=str(tmp_path / "given"))
-
-
-@ON_BOTH
-def test_evaluate_scores_an_adapter_of_mlx_lm_and_chat_finds_its_base(engine, tiny_model, tmp_path):
-    expected = save_mlx(tiny_model, tmp_path / "given", num_layers=1)
-    config = run_config(tiny_model, tmp_path, engine=engine)
-    console = Console(file=io.StringIO())
-    scores = evaluate_adapter(config, tmp_path / "given", [], console)
-    assert abs(scores["adapter"]["loss"] - scores["base"]["loss"]) > 0.01
-    speaker = talk.open_model(None, tmp_path / "given", engine, DEVICE)
-    assert_same(speaker.engine.logits(TOKENS), expected, mlx_logits(mlx_model(tiny_model)))
+# --- Files and folders
 
 
 def test_an_adapter_in_a_folder_of_its_own_name_is_pointed_at(tiny_model, tmp_path):

@@ -45,7 +45,8 @@ USE = "from mlx_backend.blas import use_fast_blas; print(use_fast_blas())"
 def run_python(code: str, cache: Path, **environment: str) -> list[str]:
     """Run code in a fresh interpreter with its own cache folder; return the lines it printed."""
     settings = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
-    settings = {name: value for name, value in settings.items() if name != "CC"} | environment
+    given = ("CC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # by a person, or by conftest.py
+    settings = {name: value for name, value in settings.items() if name not in given} | environment
     done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -125,8 +125,9 @@ def test_looking_disturbs_no_run_and_a_folder_without_a_run_is_refused(tmp_path,
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 def test_a_terminal_follows_the_run_until_it_ends(tmp_path, start, cli_environment):
     out = tmp_path / "out"
-    start("--set", "max_steps=30")
+    process = start("--set", "max_steps=30")
     wait_for_step(out, 1)
+    process.send_signal(signal.SIGSTOP)  # until it is seen: on a busy machine the follower starts slowly
     master, slave = os.openpty()
     command = [sys.executable, "-m", "common.cli", "status", "out"]
     follower = subprocess.Popen(command, cwd=tmp_path, env=cli_environment, stdout=slave, stderr=slave)
@@ -140,6 +141,8 @@ def test_a_terminal_follows_the_run_until_it_ends(tmp_path, start, cli_environme
         if not part:
             break
         shown += part
+        if b"running, process" in shown:
+            process.send_signal(signal.SIGCONT)
     os.close(master)
     assert follower.wait(timeout=60) == 0
     text = shown.decode()

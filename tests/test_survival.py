@@ -79,8 +79,9 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen | None = 
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone_even_if_killed(workplace: Workplace):
-    first = workplace.start(step=0.8)  # four more of them: long enough for two refusals
+    first = workplace.start(step=0.2)
     wait_for(lambda: checkpoints(workplace.output), first)
+    first.send_signal(signal.SIGSTOP)  # with four steps to go: it is there however long the refusals take
     for arguments in ((), ("--resume",)):
         second = workplace.finish(*arguments)
         assert second.returncode == 2 and "Traceback" not in second.stderr

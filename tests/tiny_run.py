@@ -19,6 +19,17 @@ from common.runs.signals import StopRequest
 from common.trainer import Progress, Trainer
 from common.view.metrics import MetricsLog, read_metrics
 
+KEYS = {
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "supervised_tokens",
+    "peak_memory_bytes",
+}
+
 
 def examples(count: int, seed: int = 0, longest: int = 9) -> TokenDataset:
     random = np.random.default_rng(seed)
