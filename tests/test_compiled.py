@@ -19,6 +19,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import torch_backend.loss
 from common.batches import BatchPlan
@@ -28,7 +29,7 @@ from common.errors import UserError
 from common.layout import make_micro_batch
 from common.logits import AfterHead
 from common.sampling import Sampling
-from torch_backend.checkpointing import is_hidden_state
+from torch_backend.checkpointing import Offloading, is_hidden_state
 from torch_backend.head import Head, find_head
 from torch_backend.loss import LinearCrossEntropy, softmax_error
 
@@ -119,7 +120,8 @@ def test_what_no_gradient_asks_for_is_not_computed_twice(compile_by: Any, tmp_pa
     products: list[int] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        kinds = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        products.append(sum(node.target in kinds for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
     def backward_products(dropout: float = 0.0, **settings: object) -> int:
@@ -174,16 +176,34 @@ def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_pa
     assert any((tmp_path / "cache" / "inductor").iterdir())
 
 
-def test_layers_inputs_are_told_from_angles_and_weights() -> None:
-    def held_on_a_card(*shape: int) -> Any:
-        held = torch.empty(shape, device="meta", dtype=torch.bfloat16)
-        return SimpleNamespace(ndim=held.ndim, shape=held.shape, nbytes=held.nbytes, is_cuda=True)
+def test_layers_inputs_are_told_from_angles_weights_and_what_a_norm_keeps() -> None:
+    def held_on_a_card(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+        held = torch.empty(shape, device="meta", dtype=dtype)
+        return SimpleNamespace(ndim=held.ndim, shape=held.shape, dtype=dtype, nbytes=held.nbytes, is_cuda=True)
 
-    assert is_hidden_state(held_on_a_card(4, 2048, 3072), 3072)
-    assert not is_hidden_state(held_on_a_card(1, 8192, 128), 3072)  # angles, one megabyte and more
-    assert not is_hidden_state(held_on_a_card(8192, 3072), 3072)  # a weight
-    assert not is_hidden_state(held_on_a_card(1, 16, 3072), 3072)  # not worth a copy
-    assert not is_hidden_state(torch.empty(4, 2048, 256), 256)  # on the host already
+    def is_input(tensor: Any, width: int = 3072) -> bool:
+        return is_hidden_state(tensor, width, torch.bfloat16)
+
+    assert is_input(held_on_a_card(4, 2048, 3072))
+    assert not is_input(held_on_a_card(1, 8192, 128))  # angles, one megabyte and more
+    assert not is_input(held_on_a_card(8192, 3072))  # a weight
+    assert not is_input(held_on_a_card(1, 16, 3072))  # not worth a copy
+    assert not is_input(held_on_a_card(4, 2048, 3072, dtype=torch.float32))  # a norm's
+    assert not is_input(torch.empty(4, 2048, 256, dtype=torch.bfloat16), 256)  # on the host already
+
+
+@needs_card
+def test_few_offloaded_inputs_are_on_the_card_at_once() -> None:
+    inputs = torch.ones(1, 1024, 4096, device="cuda", requires_grad=True)
+    offloading = Offloading(inputs.device, 4096, inputs.dtype)
+    torch.cuda.reset_peak_memory_stats()
+    with offloading.forward_pass():
+        hidden = inputs
+        for _ in range(40):  # the host is done with all of them before the card is with some
+            hidden = checkpoint(torch.sin, hidden, use_reentrant=False)
+    hidden.sum().backward()
+    # At most 6: two inputs, of this layer and the one before, its output, and gradients of the three of them.
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 10 * inputs.nbytes
 
 
 @needs_card

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from common.engine import Array, MicroBatch
 from common.errors import UserError
 from common.segments import Segments, bound
-from torch_backend.device import Hardware
+from torch_backend.device import Hardware, send
 
 # cuDNN's kernel takes half the time of FlashAttention-2 on Hopper (H200: 0.87 ms against 1.69 for 4 x 2048, 24 heads of
 # 128), and gives way to it where it lacks a shape. Older cards keep torch's own order.
@@ -90,7 +90,7 @@ class PackedAttention:
         }
 
     def _on_device(self, array: Array, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._model.device, dtype, non_blocking=True)
+        return send(torch.from_numpy(array).to(dtype), self._model.device)
 
     def _masks(self, row: MicroBatch) -> torch.Tensor | dict[str, torch.Tensor]:
         """Make the masks (1, 1, N, N) to add to the scores, one for each kind of layer where there are kinds."""

@@ -24,19 +24,23 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 class Offloading:
     """Keep the inputs of checkpointed layers on the host between forward and backward."""
 
-    def __init__(self, device: torch.device, width: int) -> None:
-        """Take the card and the width of a hidden state."""
+    def __init__(self, device: torch.device, width: int, dtype: torch.dtype) -> None:
+        """Take the card, and the width and dtype of a hidden state."""
         self._stream = torch.cuda.Stream(device)
         self._width = width
+        self._dtype = dtype
 
     def forward_pass(self) -> contextlib.AbstractContextManager:
         """Return the context that a forward pass runs in; its backward pass may run outside."""
         kept: list[KeptInput] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | KeptInput:
-            if not is_hidden_state(tensor, self._width):
+            if not is_hidden_state(tensor, self._width, self._dtype):
                 return tensor
-            kept.append(KeptInput(tensor, self._stream, kept[-1] if kept else None))
+            before = kept[-1] if kept else None
+            if before is not None:
+                before.leave()
+            kept.append(KeptInput(tensor, self._stream, before))
             return kept[-1]
 
         def unpack(packed: torch.Tensor | KeptInput) -> torch.Tensor:
@@ -46,37 +50,53 @@ class Offloading:
 
 
 class KeptInput:
-    """Hold one layer's input on the host; asked for it, fetch that of the layer before as well, ahead of its time."""
+    """Hold one layer's input on the host; asked for it, fetch that of the layer before as well, ahead of its time.
+
+    All memory on the card is the computing stream's own, which waits for each copy before it gives memory free. Left to
+    `record_stream` it would be free once the host had seen the copy end, many layers later where the host runs ahead.
+    """
 
     def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: KeptInput | None) -> None:
         self._stream = stream
         self._before = before
         self._device = tensor.device
-        self._fetched: torch.Tensor | None = None
+        self._on_card: torch.Tensor | None = tensor  # that of the last layer stays there
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            self._host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is free for others once the copy is done
+        self._copied = self._copy(tensor, self._host)
+
+    def leave(self) -> None:
+        """Give the input's memory on the card free."""
+        torch.cuda.current_stream(self._device).wait_event(self._copied)
+        self._on_card = None
 
     def fetch(self) -> None:
         """Begin to copy the input back."""
-        if self._fetched is None:
-            with torch.cuda.stream(self._stream):
-                self._fetched = self._host.to(self._device, non_blocking=True)
+        if self._on_card is None:
+            self._on_card = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._copied = self._copy(self._host, self._on_card)
 
     def back(self) -> torch.Tensor:
         """Return the input on its device."""
         self.fetch()
-        tensor, self._fetched = self._fetched, None
+        tensor = self._on_card
         assert tensor is not None
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        tensor.record_stream(torch.cuda.current_stream(self._device))
+        self.leave()
         if self._before is not None:
             self._before.fetch()
         return tensor
 
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
+        """Copy beside the computation, once what was asked of it until now is done."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
 
-def is_hidden_state(tensor: torch.Tensor, width: int) -> bool:
-    """Tell a layer's input (B, T, D) from what else a pass saves: weights, and the angles that all layers share."""
-    return tensor.ndim == 3 and tensor.shape[-1] == width and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda
+
+def is_hidden_state(tensor: torch.Tensor, width: int, dtype: torch.dtype) -> bool:
+    """Tell a layer's input (B, T, D) from what else a pass saves: weights, and the angles that all layers share.
+
+    In half precision another dtype tells what the norm before the head keeps, in float32 and twice; it is needed first.
+    """
+    hidden = tensor.ndim == 3 and tensor.shape[-1] == width and tensor.dtype == dtype
+    return hidden and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda

@@ -92,3 +92,12 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "the Apple GPU (MPS)" if device.type == "mps" else f"the CPU ({torch.get_num_threads()} threads)"
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device, behind the work that waits there.
+
+    From memory that isn't pinned CUDA may copy only once its stream is done; the host would wait with it, and the card
+    for the host afterwards.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -26,7 +26,7 @@ from common.segments import end_to_end
 from torch_backend.attention import PackedAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers
-from torch_backend.device import Hardware, choose_device, describe, look_at
+from torch_backend.device import DTYPES, Hardware, choose_device, describe, look_at, send
 from torch_backend.generate import generate
 from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
@@ -66,7 +66,7 @@ class TorchEngine:
         self._packing = PackedAttention(self._base, varlen) if config.packing else None
         self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
         width = self._base.config.get_text_config().hidden_size
-        self._offloading = Offloading(device, width) if config.activation_offloading else None
+        self._offloading = Offloading(device, width, DTYPES[self.dtype]) if config.activation_offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
@@ -180,7 +180,7 @@ class TorchEngine:
             packed = self._packing.arguments(micro)
         index, targets, weight = supervised_positions(micro)
         arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
-        return self._loss(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays), packed)
+        return self._loss(*(send(torch.from_numpy(array), self._device) for array in arrays), packed)
 
     @contextlib.contextmanager
     def _as_transformers_has_it(self) -> Iterator[None]:

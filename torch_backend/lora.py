@@ -31,6 +31,7 @@ from common.lora import (
     select_parameters,
     select_saved,
 )
+from torch_backend.low_rank import add_products_at_once
 
 # PEFT's names of parameters, and of the same in its files.
 FILE_NAMES = {
@@ -129,6 +130,7 @@ def inject(model: PreTrainedModel, lora: LoraConfig) -> tuple[nn.Module, list[st
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, peft_config)
+    add_products_at_once(wrapped)
     for path in saved:
         _keep_dtype(model.get_submodule(path))
     keys = (lora_a_key, lora_b_key, *([magnitude_key] if lora.use_dora else []))

@@ -99,7 +99,6 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
         checkpointing=config.gradient_checkpointing,
         offloading=config.activation_offloading,
         trained_head=bool(_whole(config)),
-        adapted_inputs=sum(shape.linear[module][1] for module in chosen) // shape.layers,
         streams=available_cpus() if name == "mlx" and machine.device_type == "cpu" else 1,
     )
 
