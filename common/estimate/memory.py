@@ -18,9 +18,10 @@ from common.lora import as_stored, module_rank, select_modules
 
 PARTS = ("weights", "adapters", "optimizer", "activations", "logits", "attention", "framework")
 FLOAT32 = 4
-# Copies of the adapter, float32, that live during AdamW: scaled and clipped gradient, new moments, denominator,
-# decayed weights, quotient, result (torch_backend/step.py); MLX fuses most of them.
-UPDATE_COPIES = {"torch": 8, "mlx": 4}
+# Copies of the adapter, float32, that live during AdamW: clipped gradient and its square, new moments, denominator,
+# decayed weights, quotient, result. MLX fuses most of them; torch updates a slice at a time, of torch_backend/step.py.
+UPDATE_COPIES = {"torch": 9, "mlx": 4}
+UPDATE_SLICE = 2**22
 # Of the largest weight, unpacked in MLX's backward pass: two to six were measured on a CPU, as its queue runs ahead.
 MLX_UNPACKED = 5
 # Beside the numbers: of a CPU's process libraries, tokenizer and code, measured with a tiny model in `twintune train`;
@@ -43,7 +44,7 @@ class Memory:
 def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: str, machine: DeviceMemory) -> Memory:
     """Estimate the peak of a training run on an engine; raises UserError where the adapter's targets match nothing."""
     chosen = _adapted(shape, config)
-    how = _setting(shape, config, name, machine, chosen)
+    how = _setting(config, name, machine)
     trained = _trained_elements(shape, config, chosen)
     adapter = trained * FLOAT32
     live = activations(shape, work, how)
@@ -51,7 +52,7 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
     moments: list[dict[str, float]] = [
         {**at_turn, "logits": live.logits},
         {**at_turn, "activations": live.kept + live.passing + _unpacked_bytes(shape, config, name, how.bytes_each)},
-        {"optimizer": UPDATE_COPIES[name] * adapter},
+        {"optimizer": _update_bytes(name, trained)},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
     always: dict[str, float] = {
@@ -62,6 +63,13 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
     }
     parts = {part: always.get(part, 0) + worst.get(part, 0) for part in PARTS}
     return Memory({part: round(parts[part]) for part in PARTS})
+
+
+def _update_bytes(name: str, trained: int) -> int:
+    """Count what AdamW's update holds beside weights, gradient and moments; torch the squares of the whole gradient."""
+    if name != "torch" or trained <= UPDATE_SLICE:
+        return UPDATE_COPIES[name] * trained * FLOAT32
+    return max(UPDATE_COPIES[name] * UPDATE_SLICE, trained) * FLOAT32
 
 
 def _adapted(shape: ModelShape, config: TrainConfig) -> list[str]:
@@ -83,7 +91,7 @@ def _whole(config: TrainConfig) -> set[str]:
     return {"embed_tokens", "lm_head"} & set(config.lora.modules_to_save or ())
 
 
-def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceMemory, chosen: list[str]) -> Setting:
+def _setting(config: TrainConfig, name: str, machine: DeviceMemory) -> Setting:
     dtype = config.compute_dtype
     if dtype == "auto":  # as both engines choose it
         half = machine.device_type == "cuda" or (name == "mlx" and machine.device_type == "metal")
