@@ -14,7 +14,7 @@ from common.config import LoraConfig, QuantizationConfig
 from mlx_backend.low_rank import project_down
 from mlx_backend.recompute import is_mlp, is_norm, keep_products
 
-TOLERANCE = 4e-5  # of the largest entry of a tensor: sums in another order
+TOLERANCE = 1e-4  # of the largest entry of a tensor: sums in another order, which recurrent layers multiply
 
 DENSE = [name for name, family in FAMILIES.items() if not any("experts" in key for key in family.settings)]
 CASES = [
