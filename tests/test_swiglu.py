@@ -1,4 +1,7 @@
-"""SwiGLU on a Linux CPU against its formula, and its exponential against NumPy's."""
+"""SwiGLU of both devices against its formula, its exponential against NumPy's, and what a compiler makes of it."""
+
+import io
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,7 +10,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu as swiglu_of_mlx_lm
 
-from mlx_backend.swiglu import HIGHEST, LOWEST, exp, lighten_swiglu, swiglu
+from mlx_backend.swiglu import HIGHEST, LOWEST, exp, gradient_in_kernels, lighten_swiglu, swiglu
 
 
 def test_exponential_is_numpys_to_a_few_roundings():
@@ -27,14 +30,27 @@ def test_value_and_gradient_are_those_of_the_formula():
     rng = np.random.default_rng(0)
     gate = np.concatenate([rng.normal(0, 4, 5000), [-200, -90, -30, 0, 30, 90, 200]]).astype(np.float32)
     x, cotangent = rng.normal(0, 1, (2, gate.size)).astype(np.float32)
-    (value,), gradients = mx.vjp(swiglu, [mx.array(gate), mx.array(x)], [mx.array(cotangent)])
+    arrays = mx.array(gate), mx.array(x)
+    (value,), gradients = mx.vjp(swiglu, list(arrays), [mx.array(cotangent)])
     gate, x, cotangent = (each.astype(np.float64) for each in (gate, x, cotangent))
     sigmoid = 1 / (1 + np.exp(-gate))
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
     close = {"rtol": 2e-6, "atol": 1e-7}
     np.testing.assert_allclose(np.array(value), gate * sigmoid * x, **close)
-    np.testing.assert_allclose(np.array(gradients[1]), cotangent * gate * sigmoid, **close)
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    np.testing.assert_allclose(np.array(gradients[0]), cotangent * x * slope, rtol=2e-6, atol=2e-6)
+    for of_gate, of_x in (gradients, gradient_in_kernels(arrays, mx.array(cotangent.astype(np.float32)), value)):
+        np.testing.assert_allclose(np.array(of_x), cotangent * gate * sigmoid, **close)
+        np.testing.assert_allclose(np.array(of_gate), cotangent * x * slope, rtol=2e-6, atol=2e-6)
+
+
+def test_a_compiler_computes_each_gradient_in_one_kernel():
+    gate, x, cotangent = mx.random.normal((3, 4, 8)).astype(mx.bfloat16)
+    mx.eval(gate, x, cotangent)
+    text = io.StringIO()
+    gradients = mx.compile(lambda *arrays: gradient_in_kernels(arrays[:2], arrays[2], None))(gate, x, cotangent)
+    mx.export_to_dot(text, *gradients)  # nothing is evaluated: on a CPU that would call a C++ compiler
+    operations = re.findall(r'label ?= ?"([A-Za-z]+)"', text.getvalue())
+    assert sorted(name[:8] for name in operations if name != "Depends") == ["Compiled"] * 2
+    assert all(each.dtype == mx.bfloat16 for each in gradients)
 
 
 def test_other_dtypes_are_computed_as_mlx_lm_does():
