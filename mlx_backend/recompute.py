@@ -3,7 +3,7 @@
 MLX derives each operation's gradient by itself and keeps all that any of them asks for: of SwiGLU the two inputs, their
 product, and without a compiler two steps between. Here an MLP keeps what its linear modules gave and computes what lies
 between them again in the backward pass; who reads a norm's output keeps the norm's input, which is there anyway. No
-product is computed twice. Of a 3B's layer 11 arrays the size of the hidden states are kept, and not 15.
+product is computed twice. Of a 3B's layer 10 arrays the size of the hidden states are kept, and not 15.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def keep_products(model: nn.Module, on_gpu: bool, checkpointing: bool) -> Origin
     """
     origin = Origin()
     for layer in decoder_layers(model) if on_gpu else ():
-        for norm in filter(is_norm, layer.children().values()) if not checkpointing else ():
-            _note_input(norm, origin)
         for module in layer.modules():
             if isinstance(module, LoRALinear):
                 module._origin = origin
-                continue
-            if is_mlp(module) and not checkpointing:
-                _keep_products(module, origin)
+        if not checkpointing:
+            for norm in filter(is_norm, layer.children().values()):
+                _note_input(norm, origin)
+            for mlp in filter(is_mlp, layer.modules()):
+                _keep_products(mlp, origin)
+        for module in layer.modules():
             stack_siblings(module, origin)
     return origin
 
@@ -88,25 +89,25 @@ def _keep_products(mlp: nn.Module, origin: Origin) -> None:
         if not origin.followed:
             return original(self, x)
         source, compute = origin.of(x)
-        weights, call = _as_function(self, original)
+        arrays, call = _as_function(self, original)
         keys = dropout_keys(self)  # by the time of the backward pass they are those of another group of rows
 
-        def forward(x: mx.array, source: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
+        def forward(x: mx.array, source: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
             products.written = []
-            out = call(x, *weights)
+            out = call(x, *arrays)
             written, products.written = products.written, None
             return out, *written
 
         def gradient(primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Any) -> tuple:
-            _, source, *weights = primals
+            _, source, *arrays = primals
             source, *written = mx.depends([source, *outputs[1:]], [cotangents[0]])
             set_dropout_keys(self, keys)
             products.read = iter(written)
-            _, (x, *weights) = mx.vjp(call, [compute(source), *weights], [cotangents[0]])
+            _, (of_x, *of_arrays) = mx.vjp(call, [compute(source), *arrays], [cotangents[0]])
             products.read = None
-            return x, mx.zeros_like(source), *weights
+            return of_x, mx.zeros_like(source), *of_arrays
 
-        return custom_gradient(forward, gradient)(x, source, *weights)[0]
+        return custom_gradient(forward, gradient)(x, source, *arrays)[0]
 
     specialise(mlp, "__call__", frugal)
 
@@ -127,13 +128,13 @@ def _note_product(linear: nn.Module, products: Products) -> None:
 
 def _as_known(linear: nn.Module, original: Callable, product: mx.array, x: mx.array) -> mx.array:
     """Return a product that is known, with the gradient that computing it has."""
-    weights, call = _as_function(linear, original)
+    arrays, call = _as_function(linear, original)
 
     def gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple:
         product, *inputs = primals
         return mx.zeros_like(product), *mx.vjp(call, inputs, [cotangent])[1]
 
-    return custom_gradient(lambda product, *_: product, gradient)(product, x, *weights)
+    return custom_gradient(lambda product, *_: product, gradient)(product, x, *arrays)
 
 
 def _as_function(module: nn.Module, method: Callable) -> tuple[list[mx.array], Callable[..., mx.array]]:
