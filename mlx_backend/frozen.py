@@ -7,7 +7,7 @@ of the two large products' time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,7 @@ Multiply = Callable[..., mx.array]
 
 
 def recomputed_product(unpack: Unpack) -> Multiply:
-    """Return f(x, *packed) -> x @ unpack(*packed).T, whose gradient is that of x alone and unpacks anew.
+    """Return f(x, packed, total) -> total + x @ unpack(*packed).T; its weight is unpacked anew for the gradient of x.
 
     Every array must come as an argument: `mx.compile` refuses what a custom function captures. The dependencies put
     each unpacking right before its use: without them `mx.compile` sees the same one twice, merges the two and keeps
@@ -30,12 +30,23 @@ def recomputed_product(unpack: Unpack) -> Multiply:
     def product(x: mx.array, *packed: mx.array) -> mx.array:
         return x @ unpack(*mx.depends(packed, x)).T
 
-    def product_gradient(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *packed = primals
-        gradient = (cotangent @ unpack(*mx.depends(packed, cotangent))).astype(x.dtype)
-        return gradient, *(mx.zeros_like(each) for each in packed)
+        of_x = (cotangent @ unpack(*mx.depends(packed, cotangent))).astype(x.dtype)
+        return of_x, *(mx.zeros_like(each) for each in packed)
 
-    return lambda x, *packed: custom_gradient(product, product_gradient)(x, *packed)
+    def sum_of(total: mx.array, x: mx.array, *packed: mx.array) -> mx.array:
+        return mx.addmm(total, x, unpack(*mx.depends(packed, x)).T)
+
+    def sum_gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        return cotangent, *gradient(primals[1:], cotangent, _)
+
+    def multiply(x: mx.array, packed: Sequence[mx.array], total: mx.array | None = None) -> mx.array:
+        if total is None:
+            return custom_gradient(product, gradient)(x, *packed)
+        return custom_gradient(sum_of, sum_gradient)(total, x, *packed)
+
+    return multiply
 
 
 class FourBitLinear(nn.Module):
@@ -74,7 +85,11 @@ class FourBitLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        out = self._product(x, *self._packed())
+        return self.add_to(None, x)
+
+    def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
+        """Map (..., in) to (..., out), added to what is there."""
+        out = self._product(x, self._packed(), total)
         return out + self.bias if "bias" in self else out
 
     def _packed(self) -> list[mx.array]:

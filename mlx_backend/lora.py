@@ -25,6 +25,7 @@ from common.lora import (
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.low_rank import project_down, project_up
 from mlx_backend.origin import Origin
+from mlx_backend.products import ChosenLinear
 
 
 class LoRALinear(nn.Module):
@@ -45,7 +46,7 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        return self._raised(self._low(x), self.linear(x))
+        return add_product(self._raised(self._low(x)), self.linear, x)
 
     def _low(self, x: mx.array) -> mx.array:
         """Compute A dropout(x), where nobody has given it."""
@@ -55,11 +56,11 @@ class LoRALinear(nn.Module):
             return self._dropped(x, self._dropout_key) @ self.lora_a.astype(x.dtype).T
         return project_down(x, *self._origin.of(x), [self.lora_a], self._dropped, self._dropout_key)[0]
 
-    def _raised(self, low: mx.array, base: mx.array) -> mx.array:
-        """Add scale * B low to what the linear module gave."""
+    def _raised(self, low: mx.array) -> mx.array:
+        """Compute scale * B low."""
         if self._origin is None or not self._origin.followed:
-            return mx.addmm(base, low, (self._scale * self.lora_b).astype(low.dtype).T)
-        return project_up(low, self.lora_b, self._scale, base)
+            return low @ (self._scale * self.lora_b).astype(low.dtype).T
+        return project_up(low, self.lora_b, self._scale)
 
     def _dropped(self, x: mx.array, key: mx.array | None) -> mx.array:
         if key is None:
@@ -87,7 +88,7 @@ class DoRALinear(LoRALinear):
         plain, key = self.linear(x), self._dropout_key
         straight = self._straight(plain if key is None else self.linear(self._dropped(x, key)))
         factor = self.lora_magnitude / mx.stop_gradient(self._norms())
-        return plain - straight + (factor * self._raised(self._low(x), straight)).astype(plain.dtype)
+        return plain + ((factor - 1) * straight + factor * self._raised(self._low(x))).astype(plain.dtype)
 
     def _straight(self, output: mx.array) -> mx.array:
         return output - self.linear.bias if "bias" in self.linear else output
@@ -173,6 +174,20 @@ def inject(
         layers[name] = kind(holder[last], module_rank(name, lora), module_scaling(name, lora), lora.lora_dropout)
         holder[last] = layers[name]
     return Adapter(layers, whole, experts)
+
+
+def add_product(total: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """Return total + linear(x), rounded once where the product can be added up in one pass.
+
+    In half precision this order matters: a product that is rounded already swallows a smaller sum whole, and LoRA's
+    first steps are small. Added to by a wide product, the sum is there when the total is rounded.
+    """
+    if type(linear) is nn.Linear:
+        out = mx.addmm(total, x, linear.weight.T)
+        return out + linear.bias if "bias" in linear else out
+    if isinstance(linear, FourBitLinear | ChosenLinear):
+        return linear.add_to(total, x)
+    return total + linear(x)
 
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:

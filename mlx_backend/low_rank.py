@@ -41,20 +41,20 @@ def project_down(
     return custom_gradient(product, gradient)(x, source, mx.concatenate(weights), *keys)
 
 
-def project_up(low: mx.array, b: mx.array, scale: float, base: mx.array) -> mx.array:
-    """Return base + scale * low B^T (..., out) for low (..., r) and B (out, r), in one pass over base."""
+def project_up(low: mx.array, b: mx.array, scale: float) -> mx.array:
+    """Return scale * low B^T (..., out) for low (..., r) and B (out, r)."""
     dtype = low.dtype
 
-    def product(low: mx.array, b: mx.array, base: mx.array) -> mx.array:
-        return mx.addmm(base, low, (scale * b).astype(dtype).T)
+    def product(low: mx.array, b: mx.array) -> mx.array:
+        return low @ (scale * b).astype(dtype).T
 
     def gradient(primals: Sequence[mx.array], out: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        low, b, _ = primals
+        low, b = primals
         of_b = scale * (_rows(out).T @ _rows(low)).astype(b.dtype)
         (of_low,) = mx.depends([out @ (scale * b).astype(dtype)], [of_b])
-        return of_low, of_b, out
+        return of_low, of_b
 
-    return custom_gradient(product, gradient)(low, b, base)
+    return custom_gradient(product, gradient)(low, b)
 
 
 def _rows(x: mx.array) -> mx.array:

@@ -41,10 +41,15 @@ class ChosenLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
+        return self.add_to(None, x)
+
+    def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
+        """Map (..., in) to (..., out), added to what is there."""
         if x.size // x.shape[-1] < self._min_rows:
-            return super().__call__(x)
-        packed = (self[name] for name in ("weight", "scales", "biases") if self.get(name) is not None)
-        out = self._product(x, *packed)
+            out = super().__call__(x)
+            return out if total is None else total + out
+        packed = [self[name] for name in ("weight", "scales", "biases") if self.get(name) is not None]
+        out = self._product(x, packed, total)
         return out + self.bias if "bias" in self else out
 
 

@@ -1,10 +1,11 @@
-"""The forward pass of plain LoRA on torch: y = W x + B (s A x), where PEFT computes W x + s (B A x).
+"""The forward pass of plain LoRA on torch: y = B (s A x) + W x, where PEFT computes W x + s (B A x).
 
-So the scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And both
-sums, the output's and that of the input's gradient, add a product to what is there, so that no second array of full
-width waits to be added (compiled, not even a copy: torch_backend/in_place.py). By inductor's code 6 arrays of 134 MB
-are alive while a 3B's SwiGLU is differentiated for 8,192 tokens; by PEFT's order 11. DoRA, adapters that are merged or
-switched off, and products in mixed dtypes are left to PEFT.
+The scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And the wide
+product is added to the thin one, not the other way round: in half precision a product that is rounded already swallows
+a smaller sum whole, and LoRA's first steps are small (tests/test_rounding.py). A packed weight's product is
+bitsandbytes' own, and the sum a compiler's, which rounds it once.
+The gradients of x and of A x are one product and a sum, too (compiled in its own memory: torch_backend/in_place.py).
+DoRA, adapters that are merged or switched off, and products in mixed dtypes are left to PEFT.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
         x, low = _WithLowRank.apply(x, down)
     else:
         low = F.linear(dropout(x), down)
-    base, low = layer.base_layer(x), low * layer.scaling[ADAPTER]
-    return torch.addmm(_rows(base), _rows(low), up.t()).view(base.shape)
+    product, base = F.linear(low * layer.scaling[ADAPTER], up), layer.base_layer
+    if type(base) is not nn.Linear:  # packed weights are multiplied by bitsandbytes
+        return base(x) + product
+    out = torch.addmm(_rows(product), _rows(x), base.weight.t()).view(product.shape)
+    return out if base.bias is None else out + base.bias
 
 
 def _product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
