@@ -44,7 +44,7 @@ class Memory:
 def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: str, machine: DeviceMemory) -> Memory:
     """Estimate the peak of a training run on an engine; raises UserError where the adapter's targets match nothing."""
     chosen = _adapted(shape, config)
-    how = _setting(config, name, machine)
+    how = _setting(shape, config, name, machine)
     trained = _trained_elements(shape, config, chosen)
     adapter = trained * FLOAT32
     live = activations(shape, work, how)
@@ -91,7 +91,7 @@ def _whole(config: TrainConfig) -> set[str]:
     return {"embed_tokens", "lm_head"} & set(config.lora.modules_to_save or ())
 
 
-def _setting(config: TrainConfig, name: str, machine: DeviceMemory) -> Setting:
+def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceMemory) -> Setting:
     dtype = config.compute_dtype
     if dtype == "auto":  # as both engines choose it
         half = machine.device_type == "cuda" or (name == "mlx" and machine.device_type == "metal")
@@ -107,6 +107,7 @@ def _setting(config: TrainConfig, name: str, machine: DeviceMemory) -> Setting:
         checkpointing=config.gradient_checkpointing,
         offloading=config.activation_offloading,
         trained_head=bool(_whole(config)),
+        quantised=bool(config.quantization.way or shape.stored),
         streams=available_cpus() if name == "mlx" and machine.device_type == "cpu" else 1,
     )
 
