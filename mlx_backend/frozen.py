@@ -36,7 +36,7 @@ def recomputed_product(unpack: Unpack) -> Multiply:
         return of_x, *(mx.zeros_like(each) for each in packed)
 
     def sum_of(total: mx.array, x: mx.array, *packed: mx.array) -> mx.array:
-        return mx.addmm(total, x, unpack(*mx.depends(packed, x)).T)
+        return add_matmul(total, x, unpack(*mx.depends(packed, x)))
 
     def sum_gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         return cotangent, *gradient(primals[1:], cotangent, _)
@@ -47,6 +47,15 @@ def recomputed_product(unpack: Unpack) -> Multiply:
         return custom_gradient(sum_of, sum_gradient)(total, x, *packed)
 
     return multiply
+
+
+def add_matmul(total: mx.array, x: mx.array, weight: mx.array) -> mx.array:
+    """Return total (..., out) + x (..., in) @ weight.T in one product.
+
+    Of arrays with more axes MLX's CPU makes one product a batch: 17 times the time for 64 rows of one position.
+    """
+    rows, sums = (each.reshape(-1, each.shape[-1]) for each in (x, total))
+    return mx.addmm(sums, rows, weight.T).reshape(total.shape)
 
 
 class FourBitLinear(nn.Module):

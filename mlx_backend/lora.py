@@ -22,7 +22,7 @@ from common.lora import (
     not_trainable_whole,
     saved_key,
 )
-from mlx_backend.frozen import FourBitLinear
+from mlx_backend.frozen import FourBitLinear, add_matmul
 from mlx_backend.low_rank import project_down, project_up
 from mlx_backend.origin import Origin
 from mlx_backend.products import ChosenLinear
@@ -183,7 +183,7 @@ def add_product(total: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
     first steps are small. Added to by a wide product, the sum is there when the total is rounded.
     """
     if type(linear) is nn.Linear:
-        out = mx.addmm(total, x, linear.weight.T)
+        out = add_matmul(total, x, linear.weight)
         return out + linear.bias if "bias" in linear else out
     if isinstance(linear, FourBitLinear | ChosenLinear):
         return linear.add_to(total, x)
