@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hypothesis import settings
+from patience import PATIENCE
 
 # Before numpy and torch read it: beside other workers each keeps to one thread, as theirs would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -97,7 +98,7 @@ def cli(cli_environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
     """Run `python -m common.cli` with some arguments in a process of its own; returns how it ended."""
 
     def run(
-        *arguments: object, cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None, timeout: float = 120
+        *arguments: object, cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None, timeout: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "common.cli", *map(str, arguments)],

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from common.runs.awake import kept_awake
 
@@ -14,14 +15,14 @@ def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a caffeinate on the PATH that notes its number and arguments and stays until it is ended."""
     notes = tmp_path / "notes"
     program = tmp_path / "caffeinate"
-    program.write_text(f'#!/bin/sh\necho "$$ $@" > {notes}.tmp && mv {notes}.tmp {notes}\nexec sleep 60\n')
+    program.write_text(f'#!/bin/sh\necho "$$ $@" > {notes}.tmp && mv {notes}.tmp {notes}\nexec sleep {PATIENCE}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return notes
 
 
 def noted(notes: Path) -> list[str]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not notes.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return notes.read_text().split()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 from rich.console import Console
 from tiny_models import write_llama
 from workplace import STEPS, FinishedRun, Workplace, rows
@@ -91,7 +92,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(finished: FinishedRun
         while process.poll() is None and not ((output / "metrics.jsonl").is_file() and rows_seen(output)):
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
-        message = process.communicate(timeout=60)[1]
+        message = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130, message
     [checkpoint] = checkpoints(output)
     step = int(checkpoint.name.partition("-")[2])

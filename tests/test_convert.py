@@ -21,6 +21,7 @@ import pytest
 from conversions import assert_same_files, run_convert
 from exports import model_logits
 from gguf_files import tiny_llama, write_gguf
+from patience import PATIENCE
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -188,7 +189,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, llama: Path, cli_environmen
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and b"going on; " in out
     assert b"go on with: twintune convert --model" in error and b"Traceback" not in error
     done = subprocess.run(start, cwd=tmp_path, env=cli_environment, capture_output=True, text=True, check=True)

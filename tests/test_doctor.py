@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from safetensors.numpy import load_file
 from tiny_models import EXPERTS, WINDOW, write_family, write_llama
 
@@ -124,13 +125,13 @@ def test_a_hub_that_answers_even_with_an_error_is_reachable(hub_of):
 
 
 def test_a_hub_that_hangs_or_is_not_there_costs_little_time(hub_of, monkeypatch):
-    hub_of(200, 5)
+    hub_of(200, PATIENCE)
     began = time.monotonic()
     assert machine.hub(seconds=0.3).state == "warning"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     refused = machine.hub()
     assert refused.state == "warning" and "HTTPS_PROXY" in refused.fix
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_little_room_and_little_memory_are_said(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from engines import ENGINES
+from patience import PATIENCE
 
 from common.runs.checkpoint import checkpoints, damage
 from common.view.metrics import read_metrics
@@ -133,7 +134,7 @@ class Runs:
 
     def close(self) -> None:
         self.server.stdin.close()
-        self.server.wait(timeout=30)
+        self.server.wait(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from common.config import load_config
 from common.errors import UserError
@@ -65,7 +66,7 @@ def test_a_terminal_is_asked(tmp_path: Path, cli_environment: dict[str, str]):
     ends = {"stdin": slave, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, cwd=tmp_path, env=cli_environment, text=True, **ends) as process:
         os.write(master, b"org/model\n\nyes\n\n")
-        shown = process.communicate(timeout=60)[0]
+        shown = process.communicate(timeout=PATIENCE)[0]
     os.close(slave), os.close(master)
     assert process.returncode == 0 and "train.yaml is ready" in shown
     config = load_config(tmp_path / "train.yaml")

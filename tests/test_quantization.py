@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, make_batches, open_fresh
+from patience import PATIENCE
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES, write_family, write_llama
 
@@ -290,6 +291,6 @@ def measured(script: str, *arguments: str) -> float:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     return float(done.stdout)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from common.errors import UserError
 from common.view import status
@@ -54,7 +55,7 @@ def start(
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any(row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -76,7 +77,7 @@ def test_a_run_is_seen_going_on_then_interrupted_then_finished(tmp_path, start, 
     assert seen["loss"] > 0 and seen["smoothed_loss"] > 0 and seen["eval_loss"] > 0
 
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     done = cli("status", "out", cwd=tmp_path)
     first, *rest = done.stdout.splitlines()
     assert first.startswith("out: interrupted  step ") and "newest checkpoint: out/checkpoint-" in first
@@ -84,7 +85,7 @@ def test_a_run_is_seen_going_on_then_interrupted_then_finished(tmp_path, start, 
     step = status_of(look(out)).step
 
     process = start("--resume", "--set", f"max_steps={step + 2}", step_seconds=0)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     finished = status_of(look(out))
     assert (finished.state, finished.step, finished.final) == ("finished", step + 2, str(out / "final"))
     assert finished.resume_command is None and finished.seconds_left is None
@@ -144,7 +145,7 @@ def test_a_terminal_follows_the_run_until_it_ends(tmp_path, start, cli_environme
         if b"running, process" in shown:
             process.send_signal(signal.SIGCONT)
     os.close(master)
-    assert follower.wait(timeout=60) == 0
+    assert follower.wait(timeout=PATIENCE) == 0
     text = shown.decode()
     assert "out: running, process" in text and "next save: step" in text
     assert "out: finished" in text.splitlines()[-5] + text[-2000:] and "The adapter is in out/final" in text
@@ -152,9 +153,9 @@ def test_a_terminal_follows_the_run_until_it_ends(tmp_path, start, cli_environme
 
 def test_quiet_prints_nothing_and_json_prints_only_json(tmp_path, start):
     quiet = start("--quiet", "--set", "max_steps=3", step_seconds=0)
-    assert quiet.communicate(timeout=60)[0] == "" and quiet.returncode == 0
+    assert quiet.communicate(timeout=PATIENCE)[0] == "" and quiet.returncode == 0
     told = start("--json", "--set", "max_steps=3", "--set", "output_dir=other", step_seconds=0)
-    shown, errors = told.communicate(timeout=60)
+    shown, errors = told.communicate(timeout=PATIENCE)
     events = [json.loads(line) for line in shown.splitlines()]
     assert events[0]["event"] == "message" or events[0]["event"] == "begin"
     rows = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from common.runs.checkpoint import checkpoints, damage
 from common.view.metrics import read_metrics
@@ -44,7 +45,7 @@ class Workplace:
 
     def finish(self, *arguments: str) -> subprocess.CompletedProcess:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def steps_logged(self) -> list[int]:
@@ -71,7 +72,7 @@ def workplace(tmp_path: Path, tiny_model: Path, cli_environment: dict[str, str])
 
 
 def wait_for(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it never happened"
@@ -104,7 +105,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save_stops_at_once_and_leaves_the_la
     wait_for(lambda: any(name.startswith(".checkpoint-") for name in workplace.hidden()), process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=30)
+    _, message = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in message, message
     assert message.startswith("stopped at once; every checkpoint saved before is whole. Continue with:\n  twintune ")
     # The save, ten files that take two seconds, did not come to its end.
@@ -121,7 +122,7 @@ def test_a_closed_terminal_does_not_end_a_run(workplace: Workplace):
     wait_for(lambda: workplace.steps_logged(), process)
     process.send_signal(signal.SIGHUP)
     os.close(ours)  # from now on, writing there is an input/output error
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert workplace.steps_logged() == list(range(1, STEPS + 1))
     assert f"Trained {STEPS} steps" in (workplace.output / "training.log").read_text()
     assert (workplace.output / "final").is_dir()
@@ -132,7 +133,7 @@ def test_a_reader_that_goes_away_does_not_end_a_run(workplace: Workplace):
     process.stdout.readline()
     process.stdout.close()
     process.stderr.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert f"step {STEPS} " in (workplace.output / "training.log").read_text()
     assert (workplace.output / "final").is_dir()
 
@@ -144,7 +145,7 @@ def test_a_run_whose_reader_went_away_still_stops_in_good_order(workplace: Workp
     process.stderr.close()
     wait_for(lambda: workplace.steps_logged(), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=PATIENCE) == 130
     assert len(checkpoints(workplace.output)) >= 1 and not any(map(damage, checkpoints(workplace.output)))
 
 

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from fake_engine import FakeEngine
 from fake_files import LORA, WEIGHTS, write_base, write_tuned
+from patience import PATIENCE
 
 from common.config import LoraConfig, TrainConfig
 from common.data.chat import ChatTokenizer
@@ -220,7 +222,13 @@ class Person:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def read_until(self, pattern: str, seconds: float = 30) -> str:
+    def interrupt_typing(self) -> None:
+        """Press Ctrl-C once the program waits for keys: one that comes just before it does, readline forgets."""
+        while psutil.Process(self.process.pid).status() == psutil.STATUS_RUNNING:
+            time.sleep(0.01)
+        self.type("\x03")
+
+    def read_until(self, pattern: str, seconds: float = PATIENCE) -> str:
         """Return what appears up to the end of a pattern; what comes after it waits for the next reading."""
         began = time.monotonic()
         while not (found := re.search(pattern, self._unread, re.DOTALL)):
@@ -233,7 +241,7 @@ class Person:
     def leave(self) -> int:
         """End the input and wait for the program; returns its exit code."""
         self.type("\x15\x04")  # an empty line first
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE)
 
     def close(self) -> None:
         self.process.kill()
@@ -302,7 +310,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(person):
     one.read_until(PROMPT["adapter"])
     one.type("half typed")
     one.read_until("half typed")  # before readline has the terminal, Ctrl-C would throw it away
-    one.type("\x03")
+    one.interrupt_typing()
     one.read_until(r"\(Ctrl-D ends\).*" + PROMPT["adapter"])
     one.type("/help\r")
     assert "/retry" in one.read_until(PROMPT["adapter"])

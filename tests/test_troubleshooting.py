@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE
 from published_models import MODELS, published_shape
 
 from common.batches import BatchPlan
@@ -57,7 +58,7 @@ def test_a_run_that_runs_out_of_memory_says_where_and_how_to_go_on(tmp_path, lla
         time.sleep(0.002)
     process = psutil.Process(run.pid)
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 20_000_000, psutil.RLIM_INFINITY))
-    _, message = run.communicate(timeout=60)
+    _, message = run.communicate(timeout=PATIENCE)
     assert run.returncode == 3 and "Traceback" not in message, message
     assert "step 5: memory ran out with 8 x " in message and "GB are free now" in message
     assert "out/checkpoint-4 is good, continue from it with --resume" in message
