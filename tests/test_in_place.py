@@ -1,7 +1,10 @@
 """The pass that lets compiled graphs add a product in place: only where nothing else could read what was there."""
 
+import numpy as np
 import pytest
 import torch
+from packed_layers import four_bit_layer
+from torch._inductor import config as inductor_config
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_backend.in_place import AddInPlace
@@ -14,9 +17,9 @@ def graph_of(function, *arrays: torch.Tensor) -> torch.fx.GraphModule:
     return module
 
 
-def kinds(module: torch.fx.GraphModule) -> list[str]:
-    targets = (str(node.target) for node in module.graph.nodes)
-    return [target for target in targets if "addmm" in target or "add_product_" in target]
+def kinds(graph: torch.fx.Graph) -> list[str]:
+    targets = (str(node.target) for node in graph.nodes)
+    return [target for target in targets if "addmm" in target or "_product" in target]
 
 
 def test_a_product_is_added_in_place_where_nothing_else_reads_the_sum() -> None:
@@ -27,8 +30,41 @@ def test_a_product_is_added_in_place_where_nothing_else_reads_the_sum() -> None:
         return torch.addmm(total.view(-1, 5), low, up).view(2, 3, 5).sin()
 
     module = graph_of(adapted, x, weight, low, up)
-    assert kinds(module) == ["twintune.add_product_.default"]
+    assert kinds(module.graph) == ["twintune.add_product_.default"]
     torch.testing.assert_close(module(x, weight, low, up), adapted(x, weight, low, up))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_packed_weights_product_is_added_to_a_sum_as_bitsandbytes_product_would_be(double: bool, flat: bool) -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (96, 128)).astype(np.float32)
+    layer = four_bit_layer(weight, torch.float32, double, flat)
+    x, low, up = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 128), (6, 4), (4, 96)))
+    mask, found = torch.randn(2, 3, 96), []
+    for add in (layer.add_to, lambda total, x: total + layer(x)):
+        out = add((low @ up).view(2, 3, 96), x)
+        found.append((out, *torch.autograd.grad((out * mask).sum(), (x, low, up))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_a_packed_weights_product_is_added_in_place() -> None:
+    layer = four_bit_layer(np.random.default_rng(0).normal(0, 1, (96, 128)).astype(np.float32), torch.float32)
+    x, low, up = (torch.randn(shape, requires_grad=True) for shape in ((6, 128), (6, 4), (4, 96)))
+    found: list[str] = []
+
+    class Noting(AddInPlace):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            found.extend(kinds(graph))
+
+    def adapted(x: torch.Tensor, low: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return layer.add_to(low @ up, x).sin()
+
+    with inductor_config.patch(post_grad_custom_post_pass=Noting(), force_disable_caches=True):
+        out = torch.compile(adapted)(x, low, up)
+    assert found == ["twintune.add_packed_product_.default"]
+    torch.testing.assert_close(out, adapted(x, low, up))
 
 
 @pytest.mark.parametrize(
@@ -45,4 +81,4 @@ def test_a_product_is_added_in_place_where_nothing_else_reads_the_sum() -> None:
 )
 def test_any_other_sum_stays_as_it_is(function) -> None:
     module = graph_of(function, torch.randn(6, 5), torch.randn(6, 4), torch.randn(4, 5))
-    assert kinds(module) == ["aten.addmm.default"]
+    assert kinds(module.graph) == ["aten.addmm.default"]

@@ -5,6 +5,7 @@ import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 import torch
+from packed_layers import four_bit_layer
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
@@ -46,10 +47,15 @@ def test_mlx_adds_the_base_to_the_adapter(packed: str) -> None:
     assert share_that_arrives(*outputs) == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.parametrize("packed", ["no", "nf4", "nf4 in flat rows"])
 @pytest.mark.parametrize("ours", [True, False])
-def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(ours: bool) -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16))
-    model[0].weight.data.copy_(torch.from_numpy(W))
+def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(packed: str, ours: bool) -> None:
+    if packed == "no":
+        linear = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+        linear.weight.data.copy_(torch.from_numpy(W))
+    else:
+        linear = four_bit_layer(W, torch.bfloat16, flat="flat" in packed)
+    model = nn.Sequential(linear)
     wrapped = get_peft_model(model, PeftLoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"]))
     layer = wrapped.base_model.model[0]
     if ours:
@@ -58,6 +64,6 @@ def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(ours: bool) -> Non
     layer.lora_A["default"].weight.data.copy_(torch.from_numpy(A))
     for up in (torch.from_numpy(B), torch.zeros(WIDTH, RANK)):
         layer.lora_B["default"].weight.data.copy_(up)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            outputs.append(layer(x).float().numpy())
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(layer(x).detach().float().numpy())
     assert share_that_arrives(*outputs) == pytest.approx(1 if ours else 0, abs=0.3)

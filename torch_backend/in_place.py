@@ -1,8 +1,8 @@
 """Let compiled graphs add a product to an array in that array's own memory.
 
-inductor computes addmm(sum, a, b) into a new array: on CUDA the sum is copied there first, which for a product as thin
-as LoRA's takes longer than the product, and both copies are alive. Where nothing else reads the sum, which a matrix
-product made, it can be overwritten. inductor runs this after its own passes on a graph.
+inductor computes a sum with a product into a new array: on CUDA what the product is added to is copied there first,
+which for one as thin as LoRA's takes longer than the product, and both copies are alive. Where nothing else reads that
+array, and a matrix product made it, it can be overwritten. inductor runs this after its own passes on a graph.
 """
 
 from __future__ import annotations
@@ -11,34 +11,38 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-# Not aten.addmm_: what that returns would keep the sum's memory until the graph's end.
+# Operations of ours return nothing where they overwrite: a returned sum would keep its memory until the graph's end,
+# as aten.addmm_ does.
 library = torch.library.Library("twintune", "DEF")
 library.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default)
+# Each sum with its first argument, by the operation that overwrites that.
+IN_PLACE = {aten.addmm.default: torch.ops.twintune.add_product_.default}
 
 
 @torch.library.impl(library, "add_product_", "CompositeExplicitAutograd")
 def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add the product of (N, r) and (r, D) to a sum (N, D)."""
+    """Add the product of (N, K) and (K, D) to a sum (N, D)."""
     total.addmm_(left, right)
 
 
 class AddInPlace(CustomGraphPass):
-    """Turn each addmm whose sum is needed nowhere else into one that overwrites it."""
+    """Turn each sum with a product that is needed nowhere else into one that overwrites it."""
 
     def __call__(self, graph: Graph) -> None:
         """Change a graph of ATen operations."""
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            total, *factors = node.args
-            alone = total not in factors and _only_read_here(total)
-            if alone and not node.kwargs and _alike(total, node):
-                with graph.inserting_before(node):
-                    graph.call_function(torch.ops.twintune.add_product_.default, node.args)
-                node.replace_all_uses_with(total)
-                graph.erase_node(node)
+        for operation, overwriting in IN_PLACE.items():
+            for node in graph.find_nodes(op="call_function", target=operation):
+                total, *factors = node.args
+                alone = total not in factors and _only_read_here(total)
+                if alone and not node.kwargs and _alike(total, node):
+                    with graph.inserting_before(node):
+                        graph.call_function(overwriting, node.args)
+                    node.replace_all_uses_with(total)
+                    graph.erase_node(node)
 
     def uuid(self) -> bytes:
         """Tell graphs that were stored with this pass from others."""
@@ -51,11 +55,10 @@ def _alike(one: Node, other: Node) -> bool:
 
 
 def _only_read_here(node: Node) -> bool:
-    """Tell whether an array with one user is a product, ours or bitsandbytes', or a view of one that has no other.
+    """Tell whether an array with one user is a product, or a view of one that has no other.
 
     Products are in memory of their own; what elementwise operations make may not be in memory at all.
     """
     while node.target in VIEWS and len(node.users) == 1:
         node = node.args[0]
-    foreign = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bitsandbytes"
-    return len(node.users) == 1 and (foreign or node.target in PRODUCTS)
+    return len(node.users) == 1 and node.target in PRODUCTS

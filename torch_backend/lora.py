@@ -150,11 +150,11 @@ def _refuse_long_rows(model: PreTrainedModel, chosen: Sequence[str]) -> None:
     packed = [path for path in chosen if not model.get_submodule(path).weight.is_floating_point()]
     if not packed:
         return
-    from torch_backend.four_bit import FlatLinear4bit  # bitsandbytes is not there on macOS
+    from torch_backend.four_bit import FlatFourBitLinear  # bitsandbytes is not there on macOS
 
     for path in packed:
         linear = model.get_submodule(path)
-        if isinstance(linear, FlatLinear4bit):
+        if isinstance(linear, FlatFourBitLinear):
             raise UserError(
                 f"lora.use_dora: {path} has rows of {linear.in_features} weights, no multiple of 64, whose 4 bits "
                 "PEFT misreads on a CPU; write use_dora: false, or use --engine mlx or a GPU"

@@ -2,8 +2,8 @@
 
 The scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And the wide
 product is added to the thin one, not the other way round: in half precision a product that is rounded already swallows
-a smaller sum whole, and LoRA's first steps are small (tests/test_rounding.py). A packed weight's product is
-bitsandbytes' own, and the sum a compiler's, which rounds it once.
+a smaller sum whole, and LoRA's first steps are small (tests/test_rounding.py). Only the product of an 8-bit weight is
+bitsandbytes' own, and rounded.
 The gradients of x and of A x are one product and a sum, too (compiled in its own memory: torch_backend/in_place.py).
 DoRA, adapters that are merged or switched off, and products in mixed dtypes are left to PEFT.
 """
@@ -41,7 +41,9 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     else:
         low = F.linear(dropout(x), down)
     product, base = F.linear(low * layer.scaling[ADAPTER], up), layer.base_layer
-    if type(base) is not nn.Linear:  # packed weights are multiplied by bitsandbytes
+    if hasattr(base, "add_to"):  # torch_backend/four_bit.py; bitsandbytes is not there on every machine
+        return base.add_to(product, x)
+    if type(base) is not nn.Linear:
         return base(x) + product
     out = torch.addmm(_rows(product), _rows(x), base.weight.t()).view(product.shape)
     return out if base.bias is None else out + base.bias
