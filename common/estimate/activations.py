@@ -60,7 +60,6 @@ class Setting:
     checkpointing: bool
     offloading: bool
     trained_head: bool
-    quantised: bool = False
     streams: int = 1  # groups of rows that MLX computes side by side on a CPU
 
 
@@ -125,12 +124,9 @@ def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
 
 
 def _inner_passing(work: Work, how: Setting) -> float:
-    """Count the arrays as wide as the MLP that its backward pass holds; the steps of MLX's SwiGLU on a CPU queue up.
-
-    Torch adds LoRA's parts up in the memory of one (torch_backend/low_rank.py), but not to a packed weight's product.
-    """
-    if how.engine == "torch":
-        return 6 if how.quantised else 4
+    """Count the arrays as wide as the MLP that its backward pass holds; the steps of MLX's SwiGLU on a CPU queue up."""
+    if how.engine == "torch":  # LoRA's parts are added up in the memory of one (torch_backend/low_rank.py)
+        return 4
     queued = how.device_type == "cpu" and how.bytes_each == 4
     return max(5, MLX_QUEUED_ARRAYS / _groups(work, how)) if queued else 5
 

@@ -21,7 +21,7 @@ FLOAT32 = 4
 # Copies of the adapter, float32, that live during AdamW: clipped gradient and its square, new moments, denominator,
 # decayed weights, quotient, result. MLX fuses most of them; torch updates a slice at a time, of torch_backend/step.py.
 UPDATE_COPIES = {"torch": 9, "mlx": 4}
-UPDATE_SLICE = 2**22
+UPDATE_SLICE = 2**22  # SLICE there
 # Of the largest weight, unpacked in MLX's backward pass: two to six were measured on a CPU, as its queue runs ahead.
 MLX_UNPACKED = 5
 # Beside the numbers: of a CPU's process libraries, tokenizer and code, measured with a tiny model in `twintune train`;
@@ -107,7 +107,6 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
         checkpointing=config.gradient_checkpointing,
         offloading=config.activation_offloading,
         trained_head=bool(_whole(config)),
-        quantised=bool(config.quantization.way or shape.stored),
         streams=available_cpus() if name == "mlx" and machine.device_type == "cpu" else 1,
     )
 
