@@ -110,7 +110,7 @@ class TorchEngine:
 
     def train_step(self, batch: StepBatch, learning_rate: float) -> PendingStep:
         """Launch one optimizer step and return without waiting for it."""
-        self._model.train()
+        self._train(True)
         scale = LOSS_SCALE.get(self.dtype, 1.0)
         self._adapter.gradient.zero_()
         loss_sum = torch.zeros((), device=self._device)
@@ -129,7 +129,7 @@ class TorchEngine:
     @torch.no_grad()
     def eval_step(self, batch: MicroBatch) -> PendingStep:
         """Launch the loss of one micro-batch, without dropout, and return without waiting for it."""
-        self._model.eval()
+        self._train(False)
         loss = self._loss_of(batch)
         return self._pending(int(batch.loss_mask.sum()), torch.stack([loss, loss * 0, torch.ones_like(loss)]))
 
@@ -142,17 +142,22 @@ class TorchEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are chosen; a row ends after a stop token or `max_new_tokens`."""
-        self._model.eval()
+        self._train(False)
         with self._as_transformers_has_it():
             yield from generate(self._model, self._base.config, self._device, prompts, sampling)
 
     @torch.no_grad()
     def logits(self, token_ids: Array) -> Array:
         """Compute the logits of every position of (B, T) tokens with the adapter: float32 (B, T, vocabulary)."""
-        self._model.eval()
+        self._train(False)
         with self._as_transformers_has_it():
             inputs = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
             return self._model(input_ids=inputs, use_cache=False).logits.float().cpu().numpy()
+
+    def _train(self, mode: bool) -> None:
+        """Set the mode of all modules, thousands of them, where it isn't set: that takes milliseconds."""
+        if self._model.training != mode:
+            self._model.train(mode)
 
     def base_weight(self, module: str) -> Array:
         """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
