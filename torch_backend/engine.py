@@ -23,13 +23,14 @@ from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
 from common.segments import end_to_end
+from torch_backend.adapter import Adapter
 from torch_backend.attention import PackedAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers
 from torch_backend.device import DTYPES, Hardware, choose_device, describe, look_at, send
 from torch_backend.generate import generate
 from torch_backend.head import find_head, select_at_head
-from torch_backend.lora import Adapter, dense_weight, has_tied_embeddings, inject
+from torch_backend.lora import dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import load_base
 from torch_backend.step import Moments, adamw_update
@@ -70,7 +71,7 @@ class TorchEngine:
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
-        self._adapter = Adapter(self._model, device)
+        self._adapter = Adapter(self._model, device, DTYPES[self.dtype])
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
@@ -97,6 +98,7 @@ class TorchEngine:
         """Replace weights, moments and update count."""
         layout = self._adapter.layout
         self._adapter.weights.copy_(torch.from_numpy(layout.flatten(state.weights)))
+        self._adapter.show_weights()
         self._moments.first.copy_(torch.from_numpy(layout.flatten(state.moment1)))
         self._moments.second.copy_(torch.from_numpy(layout.flatten(state.moment2)))
         self._moments.count.fill_(state.update_count)
@@ -111,19 +113,21 @@ class TorchEngine:
     def train_step(self, batch: StepBatch, learning_rate: float) -> PendingStep:
         """Launch one optimizer step and return without waiting for it."""
         self._train(True)
+        self._adapter.zero_gradient()
         scale = LOSS_SCALE.get(self.dtype, 1.0)
-        self._adapter.gradient.zero_()
         loss_sum = torch.zeros((), device=self._device)
         for index, micro in enumerate(batch.micro_batches):
             torch.manual_seed(seed_of(f"{self._config.seed}:{batch.step}:{index}") >> 1)  # it takes 63 bits
             with self._offloading.forward_pass() if self._offloading else contextlib.nullcontext():
                 loss = self._loss_of(micro)
             (loss * (scale / batch.num_loss_tokens)).backward()
+            self._adapter.collect_gradient()
             loss_sum += loss.detach()
         gradient = self._adapter.gradient / scale
         norm, finite = adamw_update(
             self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate, self._trainable
         )
+        self._adapter.show_weights()
         return self._pending(batch.num_loss_tokens, torch.stack([loss_sum, norm, finite.float()]))
 
     @torch.no_grad()

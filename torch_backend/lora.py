@@ -1,4 +1,4 @@
-"""LoRA on torch: PEFT puts the layers in; here they get one flat buffer and the names that files use.
+"""LoRA on torch: PEFT puts the layers in, around the linear modules that the config targets.
 
 LoRA, rsLoRA, DoRA and modules trained whole are all PEFT's own layers, so what trains here is what PEFT loads.
 """
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from common.config import LoraConfig
 from common.errors import UserError
-from common.flat import FlatLayout
 from common.lora import (
     lora_a_key,
     lora_b_key,
@@ -31,39 +30,8 @@ from common.lora import (
     select_parameters,
     select_saved,
 )
+from torch_backend.adapter import trainable_parameters
 from torch_backend.low_rank import add_products_at_once
-
-# PEFT's names of parameters, and of the same in its files.
-FILE_NAMES = {
-    ".lora_magnitude_vector.default.weight": ".lora_magnitude_vector",
-    ".modules_to_save.default.": ".",
-    ".default.weight": ".weight",
-}
-
-
-class Adapter:
-    """Hold the adapter's parameters as views of one flat float32 buffer, and their gradients likewise."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Move the trainable parameters of a model into one buffer."""
-        parameters = trainable_parameters(model)
-        self.layout = FlatLayout({key: tuple(parameter.shape) for key, parameter in parameters.items()})
-        self.weights = torch.zeros(self.layout.size, device=device)
-        self.gradient = torch.zeros(self.layout.size, device=device)
-        for key, place, shape in self.layout.slices():
-            parameters[key].data = self.weights[place].view(shape)
-            parameters[key].grad = self.gradient[place].view(shape)  # backward accumulates into it
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that PEFT left trainable, by the name they have in PEFT's files."""
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for inside, outside in FILE_NAMES.items():
-                name = name.replace(inside, outside)
-            parameters[name] = parameter
-    return parameters
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -21,11 +21,16 @@ from torch.nn import functional as F
 ADAPTER = "default"  # PEFT's name for the only one
 
 
+def plain_layers(model: nn.Module) -> list[LoraLayer]:
+    """List PEFT's plain LoRA layers over linear modules, quantised ones too."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [layer for layer in layers if isinstance(layer.base_layer, nn.Linear) and not layer.lora_variant]
+
+
 def add_products_at_once(model: nn.Module) -> None:
-    """Give PEFT's plain LoRA layers over linear modules, quantised ones too, the forward pass of this file."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, nn.Linear) and not layer.lora_variant:
-            layer.forward = MethodType(_forward, layer)
+    """Give plain LoRA layers the forward pass of this file."""
+    for layer in plain_layers(model):
+        layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -47,22 +47,34 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
     how = _setting(shape, config, name, machine)
     trained = _trained_elements(shape, config, chosen)
     adapter = trained * FLOAT32
+    kept = _adapter_bytes(config, how, adapter)
     live = activations(shape, work, how)
     at_turn = {"activations": live.kept, "attention": live.attention}
     moments: list[dict[str, float]] = [
         {**at_turn, "logits": live.logits},
         {**at_turn, "activations": live.kept + live.passing + _unpacked_bytes(shape, config, name, how.bytes_each)},
-        {"optimizer": _update_bytes(name, trained)},
+        {"optimizer": _update_bytes(name, trained) + max(0, 2 * adapter - kept)},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
     always: dict[str, float] = {
         "weights": _weight_bytes(shape, config, how.bytes_each),
-        "adapters": 2 * adapter,  # torch: with the gradient; MLX: with the initial ones
+        "adapters": kept,
         "optimizer": 2 * adapter,
         "framework": FRAMEWORK.get((name, machine.device_type), 0),
     }
     parts = {part: always.get(part, 0) + worst.get(part, 0) for part in PARTS}
     return Memory({part: round(parts[part]) for part in PARTS})
+
+
+def _adapter_bytes(config: TrainConfig, how: Setting, adapter: int) -> float:
+    """Count weights and what lies beside them: on MLX the initial ones, on torch the gradient.
+
+    Torch in half precision has a rounded copy of plain LoRA's weights, and no gradient until a backward pass has ended.
+    """
+    plain = not (config.lora.use_dora or config.lora.modules_to_save or config.lora.target_parameters)
+    if how.engine == "torch" and how.bytes_each == 2 and plain:
+        return (1.5 if config.gradient_accumulation_steps == 1 else 2.5) * adapter
+    return 2 * adapter
 
 
 def _update_bytes(name: str, trained: int) -> int:

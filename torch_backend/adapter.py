@@ -1,0 +1,79 @@
+"""The adapter's weights and gradient in one flat buffer each, under the names that PEFT's files use."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from common.flat import FlatLayout
+from torch_backend.low_rank import plain_layers
+
+# PEFT's names of parameters, and of the same in its files.
+FILE_NAMES = {
+    ".lora_magnitude_vector.default.weight": ".lora_magnitude_vector",
+    ".modules_to_save.default.": ".",
+    ".default.weight": ".weight",
+}
+
+
+class Adapter:
+    """Hold the adapter's weights in one flat float32 buffer, and the gradient of a step likewise.
+
+    The parameters of the layers are views of the weights, and backward passes add to views of the gradient. Where all
+    of them are plain LoRA's and the run is in half precision, they are views of a rounded copy instead: one operation
+    a step, where layers that round for themselves take fourteen small ones each, forward and backward, and as many for
+    their gradients; and until a backward pass has ended there is no gradient in memory.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the trainable parameters of a model that runs in a dtype into one buffer."""
+        parameters = trainable_parameters(model)
+        self.layout = FlatLayout({key: tuple(parameter.shape) for key, parameter in parameters.items()})
+        self.weights = torch.zeros(self.layout.size, device=device)
+        plain = {id(parameter) for layer in plain_layers(model) for parameter in layer.parameters()}
+        rounding = dtype != torch.float32 and all(id(parameter) in plain for parameter in parameters.values())
+        self._rounded = self.weights.to(dtype) if rounding else None
+        self.gradient = torch.zeros(0 if rounding else self.layout.size, device=device)
+        self._parameters = [parameters[key] for key in self.layout.shapes]
+        for parameter, (_, place, shape) in zip(self._parameters, self.layout.slices(), strict=True):
+            parameter.grad = None
+            parameter.data = (self.weights if self._rounded is None else self._rounded)[place].view(shape)
+            if self._rounded is None:
+                parameter.grad = self.gradient[place].view(shape)
+
+    def show_weights(self) -> None:
+        """Let the layers see the weights as they are now."""
+        if self._rounded is not None:
+            self._rounded.copy_(self.weights)
+
+    def zero_gradient(self) -> None:
+        """Begin a step's gradient, whatever became of the last one."""
+        if self._rounded is None:
+            self.gradient.zero_()
+        else:
+            self.gradient = self.gradient.new_zeros(0)
+            self._forget_rounded()
+
+    def collect_gradient(self) -> None:
+        """Add what a backward pass left with the layers to the step's gradient."""
+        if self._rounded is None:
+            return  # it has been added
+        left = (torch.zeros_like(each) if each.grad is None else each.grad for each in self._parameters)
+        gradient = torch.cat([each.reshape(-1) for each in left]).float()
+        self._forget_rounded()
+        self.gradient = self.gradient.add_(gradient) if len(self.gradient) else gradient
+
+    def _forget_rounded(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that PEFT left trainable, by the name they have in PEFT's files."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for inside, outside in FILE_NAMES.items():
+                name = name.replace(inside, outside)
+            parameters[name] = parameter
+    return parameters
