@@ -7,12 +7,12 @@ from packed_layers import four_bit_layer
 from torch._inductor import config as inductor_config
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torch_backend.in_place import AddInPlace
+from torch_backend.graph_pass import ReuseMemory
 
 
 def graph_of(function, *arrays: torch.Tensor) -> torch.fx.GraphModule:
     module = make_fx(function, tracing_mode="fake")(*arrays)
-    AddInPlace()(module.graph)
+    ReuseMemory()(module.graph)
     module.recompile()
     return module
 
@@ -53,7 +53,7 @@ def test_compiled_a_packed_weights_product_is_added_in_place() -> None:
     x, low, up = (torch.randn(shape, requires_grad=True) for shape in ((6, 128), (6, 4), (4, 96)))
     found: list[str] = []
 
-    class Noting(AddInPlace):
+    class Noting(ReuseMemory):
         def __call__(self, graph: torch.fx.Graph) -> None:
             super().__call__(graph)
             found.extend(kinds(graph))

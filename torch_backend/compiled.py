@@ -25,7 +25,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from torch_backend.in_place import AddInPlace
+from torch_backend.graph_pass import ReuseMemory
 
 # Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
 # SwiGLU's, but no matmul: 22.9 GB instead of 30.0 for a 3B, 4 x 2048, at the same speed (H200, measured).
@@ -49,7 +49,7 @@ class CompiledLayers:
         # bitsandbytes' product is such a function; without this a graph with it is made anew at every start.
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
         dynamo_config.recompile_limit = MOST_GRAPHS
-        inductor_config.post_grad_custom_post_pass = AddInPlace()
+        inductor_config.post_grad_custom_post_pass = ReuseMemory()
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = decoder_layers(model)
         if checkpointing and not dropout:

@@ -8,7 +8,6 @@ array, and a matrix product made it, it can be overwritten. inductor runs this a
 from __future__ import annotations
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 # Operations of ours return nothing where they overwrite: a returned sum would keep its memory until the graph's end,
@@ -29,24 +28,17 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     total.addmm_(left, right)
 
 
-class AddInPlace(CustomGraphPass):
-    """Turn each sum with a product that is needed nowhere else into one that overwrites it."""
-
-    def __call__(self, graph: Graph) -> None:
-        """Change a graph of ATen operations."""
-        for operation, overwriting in IN_PLACE.items():
-            for node in graph.find_nodes(op="call_function", target=operation):
-                total, *factors = node.args
-                alone = total not in factors and _only_read_here(total)
-                if alone and not node.kwargs and _alike(total, node):
-                    with graph.inserting_before(node):
-                        graph.call_function(overwriting, node.args)
-                    node.replace_all_uses_with(total)
-                    graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        """Tell graphs that were stored with this pass from others."""
-        return get_hash_for_files((__file__,))
+def add_in_place(graph: Graph) -> None:
+    """Turn each sum with a product that is needed nowhere else into one that overwrites it, in a graph of ATen."""
+    for operation, overwriting in IN_PLACE.items():
+        for node in graph.find_nodes(op="call_function", target=operation):
+            total, *factors = node.args
+            alone = total not in factors and _only_read_here(total)
+            if alone and not node.kwargs and _alike(total, node):
+                with graph.inserting_before(node):
+                    graph.call_function(overwriting, node.args)
+                node.replace_all_uses_with(total)
+                graph.erase_node(node)
 
 
 def _alike(one: Node, other: Node) -> bool:
