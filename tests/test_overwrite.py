@@ -55,6 +55,20 @@ def half(array: torch.Tensor) -> torch.Tensor:
     return torch.ops.prims.convert_element_type(array, torch.float16)
 
 
+def test_what_another_of_the_arrays_waits_for_is_left_out():
+    def function(a, b, w):
+        x, y = a @ w, b @ w
+        z = (x * y) @ w
+        return (x * z) @ w, (y * z) @ w
+
+    arrays = [torch.randn(WIDTH, WIDTH) for _ in range(3)]
+    module = make_fx(function, tracing_mode="fake")(*arrays)
+    ReuseMemory()(module.graph)
+    module.recompile()
+    assert copies(module.graph) == 2
+    torch.testing.assert_close(module(*arrays), function(*arrays))
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -35,8 +35,10 @@ def overwrite_inputs(graph: Graph) -> None:
     """Change a graph of ATen operations, in which sums are made in place already."""
     for region in _regions(graph):
         order = {node: index for index, node in enumerate(graph.nodes)}
-        results = sorted(region.results(), key=order.__getitem__)
         last = max(region.operations, key=order.__getitem__)
+        # What one of the products waits for stays as it is: with a norm behind the MLP its result is needed first.
+        able = [node for node in region.results() if _to_wait(graph, region.operations, {node}, last) is not None]
+        results = sorted(able, key=order.__getitem__)
         later = _to_wait(graph, region.operations, set(results), last)
         if later is None or min(len(results), len(region.products)) < 2:
             continue
@@ -63,7 +65,17 @@ def _regions(graph: Graph) -> list[Region]:
             regions.remove(other)
             found = Region(other.products + found.products, other.operations | found.operations)
         regions.append(found)
-    return regions
+    return [region for region in regions if not _feeds_itself(graph, region)]
+
+
+def _feeds_itself(graph: Graph, region: Region) -> bool:
+    """Tell whether a region needs more than one kernel: it reads what is made of it otherwise than by a product."""
+    made: set[Node] = set()
+    for node in graph.nodes:
+        if not made.isdisjoint(node.all_input_nodes) or not region.operations.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    sources = {source for node in region.operations for source in node.all_input_nodes} - region.operations
+    return any(source in made and _origin(source) not in region.products for source in sources)
 
 
 def _grown(readers: set[Node]) -> set[Node]:

@@ -60,6 +60,7 @@ class Setting:
     checkpointing: bool
     offloading: bool
     trained_head: bool
+    dropout: bool = False  # of LoRA's: then torch's checkpointing is no part of a compiled layer
     streams: int = 1  # groups of rows that MLX computes side by side on a CPU
 
 
@@ -80,7 +81,7 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     scores, scores_passing = _scores(shape, work, how)
     # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
     # of attention come when these are gone.
-    passing = max((_inner_passing(work, how) * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
+    passing = max((_inner_passing(shape, work, how) * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
     if how.checkpointing:
@@ -123,10 +124,15 @@ def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
     return (2 if again else 4) * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
 
 
-def _inner_passing(work: Work, how: Setting) -> float:
-    """Count the arrays as wide as the MLP that its backward pass holds; the steps of MLX's SwiGLU on a CPU queue up."""
-    if how.engine == "torch":  # LoRA's parts are added up in the memory of one (torch_backend/low_rank.py)
-        return 4
+def _inner_passing(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count the arrays as wide as the MLP that its backward pass holds; the steps of MLX's SwiGLU on a CPU queue up.
+
+    On torch sums are made in place (torch_backend/in_place.py), and where a compiled layer has gate and up for itself,
+    having computed them again, all beside the gradient of their product is written over them (overwrite.py there).
+    """
+    if how.engine == "torch":
+        apart = any(name.endswith("gate_proj") for name in shape.linear)  # some have one matrix for gate and up
+        return 1 if apart and how.compiled and how.checkpointing and not how.dropout else 4
     queued = how.device_type == "cpu" and how.bytes_each == 4
     return max(5, MLX_QUEUED_ARRAYS / _groups(work, how)) if queued else 5
 

@@ -119,6 +119,7 @@ def _setting(shape: ModelShape, config: TrainConfig, name: str, machine: DeviceM
         checkpointing=config.gradient_checkpointing,
         offloading=config.activation_offloading,
         trained_head=bool(_whole(config)),
+        dropout=config.lora.lora_dropout > 0,
         streams=available_cpus() if name == "mlx" and machine.device_type == "cpu" else 1,
     )
 
