@@ -77,6 +77,8 @@ def test_what_another_of_the_arrays_waits_for_is_left_out():
         lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y) @ w.t(), x))(a @ w, b @ w),  # x is asked for, too
         lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y) @ w.t(), x.sum(), y.sum()))(a @ w, b @ w),
         lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y + (x * y).mean()) @ w.t()))(a @ w, b @ w),
+        lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y) @ w.t()))(a[:1] @ w, b @ w),
+        lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y) @ w.t()))(half(a) @ half(w), b @ w),
         lambda a, b, w: (lambda x, y: ((x * y) @ w.t(), (x + y) @ w.t()))(a, b),  # the caller's own arrays
         lambda a, b, w: [half(each) @ half(w).t() for each in (lambda x, y: (x * y, x + y))(a @ w, b @ w)],
     ],

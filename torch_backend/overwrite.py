@@ -26,9 +26,9 @@ class Region:
     operations: set[Node]
 
     def results(self) -> list[Node]:
-        """List what others read, in the products' shape and dtype."""
+        """List what others read, in the dtype of all products."""
         asked = [node for node in self.operations if not self.operations.issuperset(node.users)]
-        return [node for node in asked if _dtype(node) == _dtype(self.products[0])]
+        return [node for node in asked if all(_dtype(node) == _dtype(product) for product in self.products)]
 
 
 def overwrite_inputs(graph: Graph) -> None:
@@ -58,8 +58,8 @@ def _regions(graph: Graph) -> list[Region]:
             continue
         readers = set(_readers(product))
         operations = _grown(readers) if all(map(_is_elementwise, readers)) else set()
-        if not readers or not readers <= operations:
-            continue
+        if not readers or not readers <= operations or not _as_read(product, next(iter(operations))):
+            continue  # others read it, or it is spread over a larger array
         found = Region([product], operations)
         for other in [region for region in regions if region.operations & operations]:
             regions.remove(other)
@@ -117,12 +117,17 @@ def _to_wait(graph: Graph, operations: set[Node], results: set[Node], last: Node
 
 def _overwrite(graph: Graph, product: Node, result: Node, operations: set[Node]) -> None:
     """Put a result into a product's memory; who reads it reads it there."""
-    array = next(alias for alias in _aliases(product) if _shape(alias) == _shape(result))
+    array = _as_read(product, result)
     # Of a whole array inductor would take copy_ for a new name of the result, and write it where it likes.
     place, value = (graph.call_function(aten.unsqueeze.default, (node, 0)) for node in (array, result))
     copied = graph.call_function(aten.copy_.default, (place, value))
     there = graph.call_function(aten.squeeze.dim, (copied, 0))
     result.replace_all_uses_with(there, lambda user: user is not value and user not in operations)
+
+
+def _as_read(product: Node, other: Node) -> Node | None:
+    """Return a product, or a view of it that is read, in the shape of another node."""
+    return next((alias for alias in _aliases(product) if alias.users and _shape(alias) == _shape(other)), None)
 
 
 def _aliases(node: Node) -> Iterator[Node]:
