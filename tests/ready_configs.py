@@ -77,12 +77,18 @@ class Choice:
     checkpointing: bool
 
     @property
+    def accumulation(self) -> int:
+        """Give the passes of a step."""
+        return STEP_TOKENS // self.length // self.rows
+
+    @property
     def config(self) -> TrainConfig:
         """Give what memory depends on."""
         return TrainConfig(
             packing=True,
             max_seq_length=self.length,
             per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=self.accumulation,
             gradient_checkpointing=self.checkpointing,
             quantization=QuantizationConfig(load_in_4bit=self.bits == 4, use_double_quant=self.bits == 4),
             lora=LoraConfig(r=16),
@@ -126,7 +132,7 @@ def _fits(model: Published, machine: Machine, choice: Choice) -> bool:
 
 def config_text(model: Published, machine: Machine, choice: Choice, larger: Machine | None) -> str:
     """Write a config; `larger` is the machine that holds the base in 16 bits."""
-    rows, accumulation = choice.rows, STEP_TOKENS // choice.length // choice.rows
+    rows, accumulation = choice.rows, choice.accumulation
     gated = model.name.startswith(("meta-llama/", "google/"))
     checkpointing = ("true", "less memory, about a third more time") if choice.checkpointing else ("false", "")
     lines = [
