@@ -79,8 +79,8 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
     size = work.positions * how.bytes_each
     layer: float = (_mlx_layer(shape, work, how) if how.engine == "mlx" else _torch_layer(shape, work, how)) * size
     scores, scores_passing = _scores(shape, work, how)
-    # Of the MLP's backward: its result, that one's gradient in two parts, gate's and up's; the inputs' gradients. Those
-    # of attention come when these are gone.
+    # Of the MLP's backward: its result, that one's gradient, gate's and up's; the inputs' gradients. Those of attention
+    # come when these are gone.
     passing = max((_inner_passing(shape, work, how) * shape.intermediate + 6 * shape.hidden) * size, scores_passing)
     kept: float = shape.layers * layer
     attention: float = shape.layers * scores
