@@ -10,6 +10,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch_backend.graph_pass import ReuseMemory
 
 
+@pytest.fixture(autouse=True)
+def drawn_alike() -> None:
+    torch.manual_seed(0)
+
+
 def graph_of(function, *arrays: torch.Tensor) -> torch.fx.GraphModule:
     module = make_fx(function, tracing_mode="fake")(*arrays)
     ReuseMemory()(module.graph)

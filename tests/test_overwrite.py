@@ -32,7 +32,7 @@ def gated_gradient(x, gate_weight, up_weight, gradient, down_weight):
 
 def test_a_gated_mlps_backward_pass_makes_three_results_in_place():
     shapes = (ROWS, WIDTH), (WIDTH, INNER), (WIDTH, INNER), (ROWS, WIDTH), (WIDTH, INNER)
-    arrays = [torch.randn(shape) for shape in shapes]
+    arrays = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     found: list[int] = []
 
     class Noting(ReuseMemory):
@@ -47,7 +47,7 @@ def test_a_gated_mlps_backward_pass_makes_three_results_in_place():
             results = compiled(*arrays)
     assert found == [3]
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert sum(event.nbytes() == 4 * ROWS * INNER for event in events) == 3  # the products, and nothing beside them
+    assert sum(event.nbytes() == 8 * ROWS * INNER for event in events) == 3  # the products, and nothing beside them
     torch.testing.assert_close(results, gated_gradient(*arrays))
 
 
@@ -61,7 +61,7 @@ def test_what_another_of_the_arrays_waits_for_is_left_out():
         z = (x * y) @ w
         return (x * z) @ w, (y * z) @ w
 
-    arrays = [torch.randn(WIDTH, WIDTH) for _ in range(3)]
+    arrays = [torch.randn(WIDTH, WIDTH, dtype=torch.float64) for _ in range(3)]
     module = make_fx(function, tracing_mode="fake")(*arrays)
     ReuseMemory()(module.graph)
     module.recompile()
@@ -104,7 +104,7 @@ def made_program(seed: int):
                     "product": lambda x=x: x @ w,
                     "sum": lambda x=x, y=y: torch.addmm(x @ w, y, w),
                     "one": lambda x=x: torch.sigmoid(x),
-                    "two": lambda x=x, y=y: x * y - x,
+                    "two": lambda x=x, y=y: torch.sin(x * y) - x / 2,  # small, however long the program
                     "reduced": lambda x=x, y=y: x * y.mean(),
                 }[kind]()
             )
@@ -117,6 +117,7 @@ def test_no_program_of_many_gives_other_numbers():
     overwritten = 0
     for seed in range(300):
         program = made_program(seed)
+        torch.manual_seed(seed)
         arrays = [torch.randn(8, 8, dtype=torch.float64) / 3 for _ in range(3)]
         module = make_fx(program, tracing_mode="fake")(*arrays)
         module.graph.eliminate_dead_code()
