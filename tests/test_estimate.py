@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from allocations import allocations_of
 from engines import open_fresh
 from tiny_models import write_llama
 from tiny_run import Run, examples
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig, TrainConfig, load_config
@@ -180,10 +180,7 @@ def test_a_compiled_checkpointed_step_of_torch_peaks_where_the_formula_says(tmp_
     engine = open_fresh("torch", model, LoraConfig(r=1), **settings, **quantization)
     batch = StepBatch(1, 1.0, (micro_batch(4, 512, 512),), 2048, 2048, (0,))
     engine.fetch(engine.train_step(batch, 0.0))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        engine.fetch(engine.train_step(batch, 0.0))
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    peak = max(accumulate(allocations_of(lambda: engine.fetch(engine.train_step(batch, 0.0)))))
     how = Setting("torch", "cuda", 2, True, False, True, False, False)
     found = activations(read_shape(str(model)), Work(4, 512, 2048, 512), how)
     print(f"{peak / 1e6:.1f} MB at the peak, {(found.kept + found.passing) / 1e6:.1f} by the formula")

@@ -4,7 +4,6 @@ import time
 import tracemalloc
 
 import pytest
-from patience import PATIENCE
 
 from common.data.limits import MAX_RENDERED_CHARACTERS
 from common.data.records import RecordError
@@ -133,7 +132,7 @@ def test_a_hostile_template_is_an_error_in_bounded_time_and_memory(source, monke
     try:
         with pytest.raises(RecordError, match="the chat template ") as caught:
             template.render({"messages": MESSAGES})
-        assert time.monotonic() - started < PATIENCE
+        assert time.monotonic() - started < 15, "the limit is 1 s; on a busy machine a step may take long"
         assert tracemalloc.get_traced_memory()[1] < 12 * MAX_RENDERED_CHARACTERS
     finally:
         tracemalloc.stop()
@@ -149,7 +148,7 @@ def test_the_real_budget_ends_nested_loops_within_seconds():
     started = time.monotonic()
     with pytest.raises(RecordError, match=r"does not come to an end with this conversation: stopped after 4,000,000"):
         ChatTemplate(NEVER_ENDS[1], "base").render({})
-    assert time.monotonic() - started < PATIENCE
+    assert time.monotonic() - started < 30
 
 
 def test_a_template_keeps_its_budget_for_the_next_conversation(monkeypatch):

@@ -36,7 +36,6 @@ class Adapter:
         self.gradient = torch.zeros(0 if rounding else self.layout.size, device=device)
         self._parameters = [parameters[key] for key in self.layout.shapes]
         for parameter, (_, place, shape) in zip(self._parameters, self.layout.slices(), strict=True):
-            parameter.grad = None
             parameter.data = (self.weights if self._rounded is None else self._rounded)[place].view(shape)
             if self._rounded is None:
                 parameter.grad = self.gradient[place].view(shape)

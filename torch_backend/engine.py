@@ -158,11 +158,6 @@ class TorchEngine:
             inputs = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
             return self._model(input_ids=inputs, use_cache=False).logits.float().cpu().numpy()
 
-    def _train(self, mode: bool) -> None:
-        """Set the mode of all modules, thousands of them, where it isn't set: that takes milliseconds."""
-        if self._model.training != mode:
-            self._model.train(mode)
-
     def base_weight(self, module: str) -> Array:
         """Copy the frozen weight (out, in) of a linear module or an embedding, dequantised, as float32."""
         return dense_weight(self._base.get_submodule(module)).float().cpu().numpy().copy()
@@ -180,6 +175,11 @@ class TorchEngine:
         del self._model, self._base, self._adapter, self._moments, self._loss
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _train(self, mode: bool) -> None:
+        """Set the mode of all modules, thousands of them, where it isn't set: that takes milliseconds."""
+        if self._model.training != mode:
+            self._model.train(mode)
 
     def _loss_of(self, micro: MicroBatch) -> torch.Tensor:
         packed = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.nn import functional as F
@@ -60,7 +60,15 @@ class FourBitLinear(Linear4bit):
 
     def dense(self) -> torch.Tensor:
         """Unpack the weight: (out, in)."""
-        return dequantize_4bit(self.weight.data, self.weight.quant_state).reshape(self.out_features, self.in_features)
+        return _unpack(*self._packed(), self.compute_dtype).view(self.out_features, self.in_features)
+
+    def _packed(self) -> tuple[torch.Tensor, list[torch.Tensor], list[int], int, str]:
+        """Give what `_unpack` needs: codes, scales, shape, block size and kind."""
+        state = self.weight.quant_state
+        scales = [state.absmax]
+        if state.nested:
+            scales += [state.state2.absmax, state.state2.code, state.offset]
+        return self.weight.data, scales, list(state.shape), state.blocksize, state.quant_type
 
 
 class FlatFourBitLinear(FourBitLinear):
@@ -91,13 +99,8 @@ class _SumWithProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: torch.Tensor, x: torch.Tensor, linear: FourBitLinear) -> torch.Tensor:
         ctx.linear = linear
-        state = linear.weight.quant_state
-        scales = [state.absmax]
-        if state.nested:
-            scales += [state.state2.absmax, state.state2.code, state.offset]
         rows = total.reshape(-1, total.shape[-1]), x.reshape(-1, x.shape[-1])
-        packed = linear.weight.data, scales, list(state.shape), state.blocksize, state.quant_type
-        return torch.ops.twintune.add_packed_product(*rows, *packed).view(total.shape)
+        return torch.ops.twintune.add_packed_product(*rows, *linear._packed()).view(total.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -127,22 +130,25 @@ def _add_packed_product_(total: torch.Tensor, left: torch.Tensor, *packed: Any) 
     total.addmm_(left, _transposed(total, left, *packed))
 
 
-def _transposed(
-    total: torch.Tensor,
-    left: torch.Tensor,
-    packed: torch.Tensor,
+def _transposed(total: torch.Tensor, left: torch.Tensor, *packed: Any) -> torch.Tensor:
+    """Unpack a weight and return its transpose: (in, out)."""
+    return _unpack(*packed, left.dtype).view(total.shape[-1], left.shape[-1]).t()
+
+
+def _unpack(
+    codes: torch.Tensor,
     scales: list[torch.Tensor],
     shape: list[int],
     blocksize: int,
     quant_type: str,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Unpack a weight and return its transpose: (in, out)."""
+    """Unpack a weight in its shape; the scales are one array, or those of double quantisation."""
     absmax, *nested = scales
     if nested:
         *outer, offset = nested
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *outer, NESTED_BLOCK, torch.float32) + offset
-    dense = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, left.dtype)
-    return dense.view(total.shape[-1], left.shape[-1]).t()
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, blocksize, quant_type, shape, dtype)
 
 
 @register_flop_formula(add_packed)

@@ -2,7 +2,7 @@
 
 inductor computes a sum with a product into a new array: on CUDA what the product is added to is copied there first,
 which for one as thin as LoRA's takes longer than the product, and both copies are alive. Where nothing else reads that
-array, and a matrix product made it, it can be overwritten. inductor runs this after its own passes on a graph.
+array, and a matrix product made it, it can be overwritten.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def overwrite_inputs(graph: Graph) -> None:
         able = [node for node in region.results() if _to_wait(graph, region.operations, {node}, last) is not None]
         results = sorted(able, key=order.__getitem__)
         later = _to_wait(graph, region.operations, set(results), last)
-        if later is None or min(len(results), len(region.products)) < 2:
+        if later is None or len(results) < 2:
             continue
         behind = last.next
         with graph.inserting_before(behind):
@@ -51,7 +51,7 @@ def overwrite_inputs(graph: Graph) -> None:
 
 
 def _regions(graph: Graph) -> list[Region]:
-    """Find what products go into and nothing else; what two regions share makes them one."""
+    """Find what several products go into and nothing else; what two regions share makes them one."""
     regions: list[Region] = []
     for product in graph.nodes:
         if product.target not in PRODUCTS:
@@ -65,7 +65,7 @@ def _regions(graph: Graph) -> list[Region]:
             regions.remove(other)
             found = Region(other.products + found.products, other.operations | found.operations)
         regions.append(found)
-    return [region for region in regions if not _feeds_itself(graph, region)]
+    return [region for region in regions if len(region.products) > 1 and not _feeds_itself(graph, region)]
 
 
 def _feeds_itself(graph: Graph, region: Region) -> bool:
