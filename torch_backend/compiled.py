@@ -4,10 +4,10 @@ Compiling layer by layer gives the speed of compiling a whole model in a sixth o
 for a 3B on an H200), and what was compiled is found again at the next start. Layers get a compiled `forward` of their
 own instance; taking it away again leaves the model as it was, for generation, whose shapes change with every token.
 
-Gradient checkpointing is part of the graph where it can be: the compiler then leaves out of the second forward pass
-what no gradient asks for, such as the product with down_proj, a quarter of a layer's work. With dropout it can't:
-inductor 2.13 drops other elements the second time, and the gradient is wrong (measured); there the compiled layer runs
-twice.
+Gradient checkpointing is the compiler's work where it can be: it keeps a layer's inputs alone, and leaves out of the
+second forward pass what no gradient asks for, such as the product with down_proj, a quarter of a layer's work. With
+dropout it can't: inductor 2.13 drops other elements the second time, and the gradient is wrong (measured); there the
+compiled layer runs twice.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from torch_backend.graph_pass import ReuseMemory
 # Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
 # SwiGLU's, but no matmul: 22.9 GB instead of 30.0 for a 3B, 4 x 2048, at the same speed (H200, measured).
 MEMORY_BUDGET = 0.9
+# With checkpointing. torch.utils.checkpoint inside a graph is no substitute: torch 2.11 forgets about it in functions
+# with a gradient of their own and keeps their results, such as k and v, 0.9 GB for a 3B and 8,192 tokens.
+KEEP_INPUTS = 0.0
 # Graphs of one layer: for the first shape, for any length, for any number of rows, for one row, each to train and to
 # evaluate. Beyond torch's own limit of 8 it would run uncompiled, slower and in twice the memory, without a word.
 MOST_GRAPHS = 64
@@ -45,19 +48,17 @@ class CompiledLayers:
 
         `checkpointing` computes layers again in the backward pass; `dropout` says that they draw random numbers.
         """
-        functorch_config.activation_memory_budget = MEMORY_BUDGET
+        leaves_out = checkpointing and not dropout
+        functorch_config.activation_memory_budget = KEEP_INPUTS if leaves_out else MEMORY_BUDGET
         # bitsandbytes' product is such a function; without this a graph with it is made anew at every start.
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = decoder_layers(model)
-        if checkpointing and not dropout:
-            self._forwards = {layer: torch.compile(_recomputed(layer, layer.forward)) for layer in layers}
-        else:
-            self._forwards = {layer: torch.compile(layer.forward) for layer in layers}
-            if checkpointing:
-                self._forwards = {layer: _recomputed(layer, forward) for layer, forward in self._forwards.items()}
+        self._forwards: dict[nn.Module, Forward] = {layer: torch.compile(layer.forward) for layer in layers}
+        if checkpointing and not leaves_out:
+            self._forwards = {layer: partial(_recompute, layer, forward) for layer, forward in self._forwards.items()}
         self._install()
 
     @contextlib.contextmanager
@@ -81,12 +82,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def _recomputed(layer: nn.Module, forward: Forward) -> Forward:
-    """Make a layer's forward one that, when training, the backward pass computes again."""
-    return partial(_recompute, layer, forward)
-
-
 def _recompute(layer: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer's forward; when training, the backward pass runs it again."""
     if not layer.training:
         return forward(*args, **kwargs)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
