@@ -5,6 +5,7 @@ import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 import torch
+from engines import DEVICE
 from packed_layers import four_bit_layer
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -16,6 +17,7 @@ from mlx_backend.products import ChosenLinear
 from torch_backend.low_rank import add_products_at_once
 
 ROWS, WIDTH, RANK = 64, 512, 4
+TORCH_DEVICE = "cpu" if DEVICE == "cpu" else "cuda"
 rng = np.random.default_rng(0)
 X, W = rng.normal(0, 1, (ROWS, WIDTH)), rng.normal(0, 0.05, (WIDTH, WIDTH))
 A, B = rng.normal(0, 0.05, (RANK, WIDTH)), rng.normal(0, 2e-4, (WIDTH, RANK))  # B as after a few steps
@@ -55,15 +57,15 @@ def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(packed: str, ours:
         linear.weight.data.copy_(torch.from_numpy(W))
     else:
         linear = four_bit_layer(W, torch.bfloat16, flat="flat" in packed)
-    model = nn.Sequential(linear)
+    model = nn.Sequential(linear).to(TORCH_DEVICE)
     wrapped = get_peft_model(model, PeftLoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"]))
     layer = wrapped.base_model.model[0]
     if ours:
         add_products_at_once(wrapped)
-    x, outputs = torch.from_numpy(X).bfloat16(), []
+    x, outputs = torch.from_numpy(X).bfloat16().to(TORCH_DEVICE), []
     layer.lora_A["default"].weight.data.copy_(torch.from_numpy(A))
     for up in (torch.from_numpy(B), torch.zeros(WIDTH, RANK)):
         layer.lora_B["default"].weight.data.copy_(up)
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs.append(layer(x).detach().float().numpy())
+        with torch.autocast(TORCH_DEVICE, torch.bfloat16):
+            outputs.append(layer(x).detach().float().cpu().numpy())
     assert share_that_arrives(*outputs) == pytest.approx(1 if ours else 0, abs=0.3)

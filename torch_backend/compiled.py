@@ -50,6 +50,8 @@ class CompiledLayers:
         """
         leaves_out = checkpointing and not dropout
         functorch_config.activation_memory_budget = KEEP_INPUTS if leaves_out else MEMORY_BUDGET
+        # Dropout's masks take so much of that share that the compiler would even repeat operations that it can't weigh.
+        functorch_config.is_non_builtin_to_include = dropout
         # bitsandbytes' product is such a function; without this a graph with it is made anew at every start.
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
         dynamo_config.recompile_limit = MOST_GRAPHS

@@ -1,10 +1,10 @@
 """bitsandbytes' 4-bit layers as both engines must have them: the same numbers on every machine.
 
 Four things are put right after a load. Double quantisation is ours (common/base/four_bit.py says why). Forward and
-backward pass unpack to the run's dtype, where a stored checkpoint would bring its own. A layer can add its product to
-LoRA's and round once (torch_backend/low_rank.py). And on CPUs with AVX512 bitsandbytes 0.50 reads wrong scales where
-rows are no multiple of a block; there the weight is unpacked as one long row. The cost: until a layer is settled its
-scales are in 32 bits, a tenth of the packed model.
+backward pass unpack to the run's dtype, where a stored checkpoint would bring its own. A layer can add LoRA's product
+to its own and round once (torch_backend/sum_of_products.py). And on CPUs with AVX512 bitsandbytes 0.50 reads wrong
+scales where rows are no multiple of a block; there the weight is unpacked as one long row. The cost: until a layer is
+settled its scales are in 32 bits, a tenth of the packed model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from common.base.four_bit import NESTED_BLOCK, nest_scales
-from torch_backend.in_place import IN_PLACE, library
+from torch_backend.in_place import PRODUCTS, library
+from torch_backend.sum_of_products import both_products, operations
 
 
 def settle(model: nn.Module, double: bool, dtype: torch.dtype) -> None:
@@ -49,14 +50,11 @@ def _nest(state: QuantState) -> None:
 
 
 class FourBitLinear(Linear4bit):
-    """Multiply by a packed weight, or add such a product to a sum."""
+    """Multiply by a packed weight, and add LoRA's product where asked."""
 
-    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add what (..., in) is mapped to to an array (..., out) of the same dtype, rounding once."""
-        if not torch.is_grad_enabled():
-            return total + self(x)  # bitsandbytes has kernels for the few rows of generation
-        out = _SumWithProduct.apply(total, x, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+    def add_low_rank(self, x: torch.Tensor, low: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Map (N, in) to (N, out), add low up^T of (N, r) and (out, r), and round once; no gradient."""
+        return torch.ops.twintune.sum_with_packed(x, low, up, *self._packed())
 
     def dense(self) -> torch.Tensor:
         """Unpack the weight: (out, in)."""
@@ -90,49 +88,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _input_gradient(gradient, ctx.linear), None
+        return gradient @ ctx.linear.dense().to(gradient.dtype), None
 
 
-class _SumWithProduct(torch.autograd.Function):
-    """Add such a product to an array."""
-
-    @staticmethod
-    def forward(ctx: Any, total: torch.Tensor, x: torch.Tensor, linear: FourBitLinear) -> torch.Tensor:
-        ctx.linear = linear
-        rows = total.reshape(-1, total.shape[-1]), x.reshape(-1, x.shape[-1])
-        return torch.ops.twintune.add_packed_product(*rows, *linear._packed()).view(total.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return gradient, _input_gradient(gradient, ctx.linear), None
-
-
-def _input_gradient(gradient: torch.Tensor, linear: FourBitLinear) -> torch.Tensor:
-    return gradient @ linear.dense().to(gradient.dtype)
-
-
-# Operations of their own, so that a compiler can't keep the weights that a second forward pass unpacks until the
+# An operation of its own, so that a compiler can't keep the weights that a second forward pass unpacks until the
 # backward pass asks for them.
-PACKED = "Tensor total, Tensor left, Tensor packed, Tensor[] scales, int[] shape, int blocksize, str quant_type"
-library.define(f"add_packed_product({PACKED}) -> Tensor")
-library.define(f"add_packed_product_({PACKED.replace('Tensor', 'Tensor(a!)', 1)}) -> ()")
-add_packed = torch.ops.twintune.add_packed_product
-IN_PLACE[add_packed.default] = torch.ops.twintune.add_packed_product_.default
+PACKED = "Tensor packed, Tensor[] scales, int[] shape, int blocksize, str quant_type"
+library.define(f"sum_with_packed(Tensor x, Tensor low, Tensor up, {PACKED}) -> Tensor")
+PRODUCTS.append(torch.ops.twintune.sum_with_packed.default)
+register_flop_formula(torch.ops.twintune.sum_with_packed)(operations)
 
 
-@torch.library.impl(library, "add_packed_product", "CompositeExplicitAutograd")
-def _add_packed_product(total: torch.Tensor, left: torch.Tensor, *packed: Any) -> torch.Tensor:
-    return torch.addmm(total, left, _transposed(total, left, *packed))
-
-
-@torch.library.impl(library, "add_packed_product_", "CompositeExplicitAutograd")
-def _add_packed_product_(total: torch.Tensor, left: torch.Tensor, *packed: Any) -> None:
-    total.addmm_(left, _transposed(total, left, *packed))
-
-
-def _transposed(total: torch.Tensor, left: torch.Tensor, *packed: Any) -> torch.Tensor:
-    """Unpack a weight and return its transpose: (in, out)."""
-    return _unpack(*packed, left.dtype).view(total.shape[-1], left.shape[-1]).t()
+@torch.library.impl(library, "sum_with_packed", "CompositeExplicitAutograd")
+def _sum_with_packed(x: torch.Tensor, low: torch.Tensor, up: torch.Tensor, *packed: Any) -> torch.Tensor:
+    return both_products(x, low, up, _unpack(*packed, x.dtype).view(len(up), x.shape[1]))
 
 
 def _unpack(
@@ -149,9 +118,3 @@ def _unpack(
         *outer, offset = nested
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *outer, NESTED_BLOCK, torch.float32) + offset
     return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, blocksize, quant_type, shape, dtype)
-
-
-@register_flop_formula(add_packed)
-def _operations(total: torch.Size, left: torch.Size, *_: Any, **__: Any) -> int:
-    """Tell the compiler that what this returns is dear: with a budget it recomputes what is cheap."""
-    return 2 * total[0] * total[1] * left[1]

@@ -10,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-# Operations of ours return nothing where they overwrite: a returned sum would keep its memory until the graph's end,
-# as aten.addmm_ does.
+# What overwrites returns nothing: a returned sum would keep its memory until the graph's end, as aten.addmm_ does.
 library = torch.library.Library("twintune", "DEF")
 library.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-PRODUCTS = (aten.mm.default, aten.addmm.default)
-# Each sum with its first argument, by the operation that overwrites that.
-IN_PLACE = {aten.addmm.default: torch.ops.twintune.add_product_.default}
+PRODUCTS = [aten.mm.default, aten.addmm.default]  # sum_of_products.py and four_bit.py add theirs
+ADD_IN_PLACE = torch.ops.twintune.add_product_.default
 
 
 @torch.library.impl(library, "add_product_", "CompositeExplicitAutograd")
@@ -30,15 +28,14 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 def add_in_place(graph: Graph) -> None:
     """Turn each sum with a product that is needed nowhere else into one that overwrites it, in a graph of ATen."""
-    for operation, overwriting in IN_PLACE.items():
-        for node in graph.find_nodes(op="call_function", target=operation):
-            total, *factors = node.args
-            alone = total not in factors and _only_read_here(total)
-            if alone and not node.kwargs and _alike(total, node):
-                with graph.inserting_before(node):
-                    graph.call_function(overwriting, node.args)
-                node.replace_all_uses_with(total)
-                graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        total, *factors = node.args
+        alone = total not in factors and _only_read_here(total)
+        if alone and not node.kwargs and _alike(total, node):
+            with graph.inserting_before(node):
+                graph.call_function(ADD_IN_PLACE, node.args)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
 
 
 def _alike(one: Node, other: Node) -> bool:

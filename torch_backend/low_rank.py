@@ -1,9 +1,7 @@
 """The forward pass of plain LoRA on torch: y = B (s A x) + W x, where PEFT computes W x + s (B A x).
 
-The scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And the wide
-product is added to the thin one, not the other way round: in half precision a product that is rounded already swallows
-a smaller sum whole, and LoRA's first steps are small (tests/test_rounding.py). Only the product of an 8-bit weight is
-bitsandbytes' own, and rounded.
+The scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And the sum is
+rounded once (torch_backend/sum_of_products.py); only the product of an 8-bit weight is bitsandbytes' own, and rounded.
 The gradients of x and of A x are one product and a sum, too (compiled in its own memory: torch_backend/in_place.py).
 DoRA, adapters that are merged or switched off, and products in mixed dtypes are left to PEFT.
 """
@@ -17,6 +15,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
+
+from torch_backend.sum_of_products import add_low_rank
 
 ADAPTER = "default"  # PEFT's name for the only one
 
@@ -45,13 +45,12 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
         x, low = _WithLowRank.apply(x, down)
     else:
         low = F.linear(dropout(x), down)
-    product, base = F.linear(low * layer.scaling[ADAPTER], up), layer.base_layer
-    if hasattr(base, "add_to"):  # torch_backend/four_bit.py; bitsandbytes is not there on every machine
-        return base.add_to(product, x)
-    if type(base) is not nn.Linear:
-        return base(x) + product
-    out = torch.addmm(_rows(product), _rows(x), base.weight.t()).view(product.shape)
-    return out if base.bias is None else out + base.bias
+    low, base = low * layer.scaling[ADAPTER], layer.base_layer
+    # bitsandbytes has kernels for the few rows of generation.
+    packed = hasattr(base, "add_low_rank") and torch.is_grad_enabled()
+    if packed or type(base) is nn.Linear:
+        return add_low_rank(base, x, low, up)
+    return base(x) + F.linear(low, up)
 
 
 def _product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from torch_backend.in_place import IN_PLACE, PRODUCTS, VIEWS
+from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS
 
 aten = torch.ops.aten
 
@@ -155,7 +155,7 @@ def _origin(node: Node) -> Node:
 
 def _target_of(node: Node) -> Node | None:
     """Return the array that one of our sums is made in."""
-    return _origin(node.args[0]) if node.target in IN_PLACE.values() else None
+    return _origin(node.args[0]) if node.target is ADD_IN_PLACE else None
 
 
 def _is_mutable(node: Node) -> bool:
