@@ -134,6 +134,7 @@ class MLXEngine:
         for index, micro in enumerate(batch.micro_batches):
             parts = self._parts(micro, f"{self._seed}:{batch.step}:{index}" if self._dropout else None)
             gradient, loss_sum = self._micro_gradient(self._weights, gradient, loss_sum, per_token, parts)
+            mx.async_eval(gradient, loss_sum)  # or MLX begins all of a step's micro-batches before it ends the first
         self._weights, self._moment1, self._moment2, self._count, norm, finite = self._update(
             self._weights,
             self._moment1,
