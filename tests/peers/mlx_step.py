@@ -7,7 +7,7 @@ Run: python tests/peers/mlx_step.py                                      the qui
      python tests/peers/mlx_step.py --shape small --lengths 1024 2048 4096 8192    how memory grows with the length
 
 mlx-lm runs as its users run it: `mlx_lm.tuner.trainer.train` with its loss, its padded batches and its LoRA layers, on
-all linear modules; it has no packing and gets as many examples a step as a packed row holds, counted without sharing.
+all linear modules; it has no packing and gets as many examples a step as ours has.
 twintune launches each step before it waits for the last, as `train` does. Both compute in the same dtype, float32 on a
 CPU and bfloat16 on a GPU, and on a Linux CPU both have OpenBLAS. Weights and tokens of shapes are random. Each
 measurement is a process of its own; times are medians of single steps, tokens are counted without padding.
@@ -63,12 +63,12 @@ SETTINGS: dict[str, list[str]] = {
     "4 bits, checkpointing": ["quantization.bits=4", "gradient_checkpointing=true"],
     "packed": ["packing=true"],
     "shared": ["packing=true", "prefix_sharing=true"],
-    "shared, checkpointing": ["packing=true", "prefix_sharing=true", "gradient_checkpointing=true"],
+    "shared, two rows": ["packing=true", "prefix_sharing=true", "gradient_accumulation_steps=2"],
 }
-OF_QUICKSTART = ["packed", "shared", "shared, checkpointing"]
+OF_QUICKSTART = ["shared, two rows"]  # configs/quickstart.yaml itself
 TRAINERS = ("mlx-lm", "twintune")
 UNTIMED = 3  # steps that warm up
-EXAMPLE = 45, 81  # tokens of an example where rows are packed
+EXAMPLE, SHARED = (45, 81), 24  # tokens of an example where rows are packed, and those that all begin with
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         jobs = [
             {"job": trainer, "base": str(base), "setting": setting, "rows": options.rows, "length": length}
             for setting in settings
-            for length in options.lengths or [512 if quick else 2048]
+            for length in options.lengths or [192 if quick else 2048]
             for trainer in options.trainers
         ]
         if options.longest:
@@ -154,8 +154,8 @@ def run(job: str, base: str, shape: dict[str, int] | None = None, **how: Any) ->
         write_random(Path(base), shape or {})
         return {}
     setting, rows, length, steps = (how[name] for name in ("setting", "rows", "length", "steps"))
-    fixed = [f"max_seq_length={length}", f"per_device_train_batch_size={rows}", "packing=false"]
-    config = load_config(QUICKSTART, [*fixed, *SETTINGS[setting]])
+    fixed = [f"max_seq_length={length}", f"per_device_train_batch_size={rows}", "gradient_accumulation_steps=1"]
+    config = load_config(QUICKSTART, [*fixed, "packing=false", "prefix_sharing=false", *SETTINGS[setting]])
     if base == str(SMOLLM2):
         data, _ = load_dataset(str(ROOT / "configs/quickstart/train.jsonl"), config, ChatTokenizer(SMOLLM2))
     else:
@@ -181,13 +181,17 @@ def write_random(folder: Path, shape: dict[str, int]) -> None:
 
 
 def random_data(rows: int, length: int, packed: bool) -> TokenDataset:
-    """Make examples that fill rows, wholly supervised, or short ones of which two fifths are."""
+    """Make examples that fill rows, wholly supervised, or short ones of which two fifths are, like the quickstart's."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(*EXAMPLE, rows * length // EXAMPLE[0]) if packed else [length + 1] * rows
-    share = 0.6 if packed else 0.0
+    lengths = rng.integers(*EXAMPLE, 2 * rows * length // EXAMPLE[0]) if packed else [length + 1] * rows
+    share, shared = (0.6, SHARED) if packed else (0.0, 0)
     return build_dataset(
         [
-            (rng.integers(0, 8000, size).tolist(), [place >= share * size for place in range(size)], f"made:{number}")
+            (
+                [*range(shared), *rng.integers(0, 8000, size - shared).tolist()],
+                [place >= share * size for place in range(size)],
+                f"made:{number}",
+            )
             for number, size in enumerate(map(int, lengths))
         ]
     )
@@ -263,9 +267,8 @@ def theirs(base: Path, config: TrainConfig, data: TokenDataset, steps: int) -> d
             counts.append((int(last.sum()), int((last - np.maximum(first, 1) + 1).sum())))
             yield batch, spans
 
-    rows = config.per_device_train_batch_size
-    if config.packing:
-        rows = round(rows * config.max_seq_length / float(data.input_lengths().mean()))
+    plan, each = BatchPlan.of(data, config), np.mean([data.mask(number).sum() for number in range(len(data))])
+    rows = round(np.mean([plan.step_batch(step).num_loss_tokens for step in range(1, 1 + steps)]) / each)
     examples = [(data.tokens(each).tolist(), int(data.mask(each).argmax())) for each in range(len(data))]
     with tempfile.TemporaryDirectory() as folder:
         arguments = trainer.TrainingArgs(
