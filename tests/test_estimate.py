@@ -79,6 +79,7 @@ MEASURED = [
     ("torch", {"quantization": DOUBLE, **OFFLOADED, "per_device_train_batch_size": 1}, Workload(), 3.19),
     ("mlx", {}, Workload(), 23.62),
     ("mlx", CHECKPOINTED, Workload(), 10.08),
+    ("mlx", {"packing": True}, PACKED, 46.53),  # 2026-11-24
     ("mlx", {"quantization": MLX4}, Workload(), 19.54),
     ("mlx", {"quantization": MLX4, **CHECKPOINTED}, Workload(), 6.15),
     ("mlx", {"quantization": MLX4, **CHECKPOINTED, "per_device_train_batch_size": 1}, Workload(), 4.11),

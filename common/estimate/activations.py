@@ -143,12 +143,17 @@ def _groups(work: Work, how: Setting) -> int:
 
 
 def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
-    """Count what attention keeps of a layer where it has no backward kernel, MLX but for CUDA and MPS, and passing."""
-    if how.device_type == "cuda" or (how.engine == "torch" and how.device_type == "cpu"):
+    """Count what attention keeps of a layer where it has no backward kernel, and passing: MPS, and MLX but for CUDA.
+
+    On CUDA MLX keeps the scores of all pairs of packed rows, which are masked.
+    """
+    masked = how.engine == "mlx" and how.packed
+    on_cuda = how.device_type == "cuda"
+    if (on_cuda and not masked) or (how.engine == "torch" and how.device_type == "cpu"):
         return 0, 0
     # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/arrangement.py).
     span = work.longest if how.device_type == "cpu" else work.length
-    if how.engine == "mlx" and span > LONG:  # a logarithm a query, in float32
+    if how.engine == "mlx" and span > LONG and not on_cuda:  # a logarithm a query, in float32
         block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()
         rows = work.positions / span
         return 4 * shape.heads * work.positions, BLOCKS_ALIVE * 4 * rows * shape.heads * block**2
