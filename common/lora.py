@@ -26,6 +26,12 @@ PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 MAGNITUDE = "lora_magnitude_vector"
+# Modules that read what the module above them is called with, so that their adapters can share the reading.
+READ_THE_INPUT = (
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    *("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's attention
+    *("in_proj_qkv", "in_proj_qkvz", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_ba"),  # Qwen's linear attention
+)
 
 
 def lora_a_key(module: str) -> str:

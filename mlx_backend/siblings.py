@@ -11,17 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from common.lora import READ_THE_INPUT
 from mlx_backend.lora import LoRALinear
 from mlx_backend.low_rank import project_down
 from mlx_backend.origin import Origin
 from mlx_backend.tree import specialise
-
-# Modules that read what the module above them is called with. One that doesn't does without: see `LoRALinear._given`.
-READ_THE_INPUT = (
-    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    *("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's attention
-    *("in_proj_qkv", "in_proj_qkvz", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_ba"),  # Qwen's linear attention
-)
 
 
 def stack_siblings(module: nn.Module, origin: Origin) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -25,29 +27,38 @@ class Adapter:
     their gradients; and until a backward pass has ended there is no gradient in memory.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the trainable parameters of a model that runs in a dtype into one buffer."""
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, placed: Sequence[nn.Parameter] = ()
+    ) -> None:
+        """Move the trainable parameters of a model that runs in a dtype into one buffer.
+
+        Those that are `placed` stay where they are, and get a copy of the weights there.
+        """
         parameters = trainable_parameters(model)
         self.layout = FlatLayout({key: tuple(parameter.shape) for key, parameter in parameters.items()})
         self.weights = torch.zeros(self.layout.size, device=device)
-        plain = {id(parameter) for layer in plain_layers(model) for parameter in layer.parameters()}
-        rounding = dtype != torch.float32 and all(id(parameter) in plain for parameter in parameters.values())
-        self._rounded = self.weights.to(dtype) if rounding else None
-        self.gradient = torch.zeros(0 if rounding else self.layout.size, device=device)
+        self._copied = bool(placed) or (dtype != torch.float32 and is_plain(model))
+        self.gradient = torch.zeros(0 if self._copied else self.layout.size, device=device)
         self._parameters = [parameters[key] for key in self.layout.shapes]
+        kept = {id(parameter) for parameter in placed}
+        rounded = self.weights.to(dtype) if self._copied and len(kept) < len(parameters) else None
+        self._copies = [] if rounded is None else [(rounded, self.weights)]
         for parameter, (_, place, shape) in zip(self._parameters, self.layout.slices(), strict=True):
-            parameter.data = (self.weights if self._rounded is None else self._rounded)[place].view(shape)
-            if self._rounded is None:
+            if id(parameter) in kept:
+                self._copies.append((parameter.data, self.weights[place].view(shape)))
+                continue
+            parameter.data = (self.weights if rounded is None else rounded)[place].view(shape)
+            if not self._copied:
                 parameter.grad = self.gradient[place].view(shape)
 
     def show_weights(self) -> None:
         """Let the layers see the weights as they are now."""
-        if self._rounded is not None:
-            self._rounded.copy_(self.weights)
+        for copy, weights in self._copies:
+            copy.copy_(weights)
 
     def zero_gradient(self) -> None:
         """Begin a step's gradient, whatever became of the last one."""
-        if self._rounded is None:
+        if not self._copied:
             self.gradient.zero_()
         else:
             self.gradient = self.gradient.new_zeros(0)
@@ -55,7 +66,7 @@ class Adapter:
 
     def collect_gradient(self) -> None:
         """Add what a backward pass left with the layers to the step's gradient."""
-        if self._rounded is None:
+        if not self._copied:
             return  # it has been added
         left = (torch.zeros_like(each) if each.grad is None else each.grad for each in self._parameters)
         gradient = torch.cat([each.reshape(-1) for each in left]).float()
@@ -65,6 +76,12 @@ class Adapter:
     def _forget_rounded(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Tell whether nothing but plain LoRA is trained in a model."""
+    plain = {id(parameter) for layer in plain_layers(model) for parameter in layer.parameters()}
+    return all(id(parameter) in plain for parameter in trainable_parameters(model).values())
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ are not compiled then. Without Triton, as on Windows where nobody installed it, 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class Hardware:
         """Tell whether cuDNN's attention is the fastest."""
         return self.type == "cuda" and self.capability >= (9, 0)
 
+    def borders(self, dtype: str) -> bool:
+        """Tell whether products are rounded before they are added, so that LoRA's belongs into the base's own."""
+        return self.type == "cuda" and dtype != "float32"
+
     def has_varlen(self, dtype: str) -> bool:
         """Tell whether one kernel, FlashAttention-2's, attends within all examples of a packed row."""
         return self.type == "cuda" and self.capability >= (8, 0) and dtype != "float32"
@@ -62,6 +67,7 @@ class Hardware:
         return self.capability >= (8, 0)
 
 
+@functools.cache
 def look_at(device: torch.device) -> Hardware:
     """Ask a device what it is."""
     if device.type != "cuda":

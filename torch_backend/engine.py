@@ -23,7 +23,7 @@ from common.lora import seed_of, trainable_entries
 from common.memory import process_memory
 from common.sampling import Sampling
 from common.segments import end_to_end
-from torch_backend.adapter import Adapter
+from torch_backend.adapter import Adapter, is_plain
 from torch_backend.attention import PackedAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers
@@ -33,6 +33,7 @@ from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import load_base
+from torch_backend.siblings import border_layers
 from torch_backend.step import Moments, adamw_update
 
 
@@ -71,7 +72,9 @@ class TorchEngine:
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
-        self._adapter = Adapter(self._model, device, DTYPES[self.dtype])
+        borders = hardware.borders(self.dtype) and is_plain(self._model)
+        placed = border_layers(self._base, DTYPES[self.dtype]) if borders else []
+        self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed)
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)

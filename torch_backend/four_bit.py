@@ -54,14 +54,14 @@ class FourBitLinear(Linear4bit):
 
     def add_low_rank(self, x: torch.Tensor, low: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Map (N, in) to (N, out), add low up^T of (N, r) and (out, r), and round once; no gradient."""
-        return torch.ops.twintune.sum_with_packed(x, low, up, *self._packed())
+        return torch.ops.twintune.sum_with_packed(x, low, up, *self.packed())
 
     def dense(self) -> torch.Tensor:
         """Unpack the weight: (out, in)."""
-        return _unpack(*self._packed(), self.compute_dtype).view(self.out_features, self.in_features)
+        return unpack(*self.packed(), self.compute_dtype).view(self.out_features, self.in_features)
 
-    def _packed(self) -> tuple[torch.Tensor, list[torch.Tensor], list[int], int, str]:
-        """Give what `_unpack` needs: codes, scales, shape, block size and kind."""
+    def packed(self) -> tuple[torch.Tensor, list[torch.Tensor], list[int], int, str]:
+        """Give what `unpack` needs: codes, scales, shape, block size and kind."""
         state = self.weight.quant_state
         scales = [state.absmax]
         if state.nested:
@@ -101,10 +101,10 @@ register_flop_formula(torch.ops.twintune.sum_with_packed)(operations)
 
 @torch.library.impl(library, "sum_with_packed", "CompositeExplicitAutograd")
 def _sum_with_packed(x: torch.Tensor, low: torch.Tensor, up: torch.Tensor, *packed: Any) -> torch.Tensor:
-    return both_products(x, low, up, _unpack(*packed, x.dtype).view(len(up), x.shape[1]))
+    return both_products(x, low, up, unpack(*packed, x.dtype).view(len(up), x.shape[1]))
 
 
-def _unpack(
+def unpack(
     codes: torch.Tensor,
     scales: list[torch.Tensor],
     shape: list[int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from torch_backend import in_place, overwrite
+from torch_backend import beside, in_place, overwrite
 
 
 class ReuseMemory(CustomGraphPass):
@@ -13,9 +13,10 @@ class ReuseMemory(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Change a graph of ATen operations."""
+        beside.leave_room(graph)
         in_place.add_in_place(graph)
         overwrite.overwrite_inputs(graph)
 
     def uuid(self) -> bytes:
         """Tell graphs that were stored with this pass from others."""
-        return get_hash_for_files((in_place.__file__, overwrite.__file__))
+        return get_hash_for_files((beside.__file__, in_place.__file__, overwrite.__file__))

@@ -44,10 +44,14 @@ def _alike(one: Node, other: Node) -> bool:
 
 
 def _only_read_here(node: Node) -> bool:
-    """Tell whether an array with one user is a product, or a view of one that has no other.
+    """Tell whether an array with one reader is a product, or a view of one that has no other; sums in it read nothing.
 
     Products are in memory of their own; what elementwise operations make may not be in memory at all.
     """
-    while node.target in VIEWS and len(node.users) == 1:
+    while node.target in VIEWS and _readers(node) == 1:
         node = node.args[0]
-    return len(node.users) == 1 and node.target in PRODUCTS
+    return _readers(node) == 1 and node.target in PRODUCTS
+
+
+def _readers(node: Node) -> int:
+    return sum(user.target is not ADD_IN_PLACE or user.args[0] is not node for user in node.users)

@@ -30,6 +30,7 @@ def plain_layers(model: nn.Module) -> list[LoraLayer]:
 def add_products_at_once(model: nn.Module) -> None:
     """Give plain LoRA layers the forward pass of this file."""
     for layer in plain_layers(model):
+        layer.place = None  # torch_backend/siblings.py finds one on a card
         layer.forward = MethodType(_forward, layer)
 
 
@@ -39,6 +40,8 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     unusual = args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]
     if unusual or x.dtype != _product_dtype(x.device.type, weights[0].dtype):
         return type(layer).forward(layer, x, *args, **kwargs)
+    if layer.place is not None and layer.place.bordered.takes(x):
+        return layer.place.output(x)
     down, up = (weight.to(x.dtype) for weight in weights)
     dropout = layer.lora_dropout[ADAPTER]
     if x.requires_grad and isinstance(dropout, nn.Identity):

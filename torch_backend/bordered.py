@@ -1,0 +1,148 @@
+"""Frozen weights on a card with LoRA's matrices at their border, [[W, B], [A, 0]]: one product where there were three.
+
+y = W x + s B A x is [x low] [W B]^T with low = s A x: one sum, rounded once. cuBLAS rounds a product before it adds it
+to an array, and LoRA's first steps, in half precision far below what their sum with the base is rounded to, are lost
+there (H200, bfloat16: of a sum that LoRA moves by an eighth of a rounding a twentieth arrives). The gradient of x is
+such a product too, [dy dlow] [W; A] with dlow = s B^T dy. W stands between A and B for good and is never copied for
+it; what is multiplied is laid out beside low and dlow, by a compiler at no cost (torch_backend/beside.py).
+
+Layers that read the same input have one array, all their A below all their W and B in blocks: the input is laid out
+and multiplied by A once for all of them, and its gradient is one product.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from torch_backend.low_rank import ADAPTER
+
+ALIGNED = 8  # numbers: cuBLAS' fast kernels want rows of whole 16 bytes
+# Outputs at most so many times as wide as the input have their gradients laid side by side. Of wider ones, gate and up,
+# the copies would be the largest arrays of a step; their products are added up in the gradient of x.
+WIDEST = 2
+
+
+class Bordered:
+    """Hold the weights of layers that read one input: `array` (out + r, in + r), r being the ranks of all."""
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        """Move W, A and B in; the layers have views of the array from then on."""
+        self.layers = list(layers)
+        self.scales = [layer.scaling[ADAPTER] for layer in layers]
+        self.rows = _side_by_side([layer.out_features for layer in layers])
+        self.columns = _side_by_side([layer.r[ADAPTER] for layer in layers])
+        self.height, self.width = self.rows[-1].stop, layers[0].in_features
+        self.padding = -self.columns[-1].stop % ALIGNED
+        self.joined = self.height <= WIDEST * self.width
+        self._place(self.columns[-1].stop + self.padding)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List A of all layers and B of all layers."""
+        return [matrix[ADAPTER].weight for name in ("lora_A", "lora_B") for matrix in self._each(name)]
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Tell whether an input is one to multiply by this."""
+        return x.dtype == self.array.dtype
+
+    def beside(self, number: int) -> torch.Tensor:
+        """Give one layer's [W B], (out, in + r)."""
+        return self.array[self.rows[number]]
+
+    def weight(self, number: int) -> torch.Tensor:
+        """Give one layer's W, (out, in)."""
+        return self.array[self.rows[number], : self.width]
+
+    def above(self) -> torch.Tensor:
+        """Give [W; A] of all layers, (out + r, in)."""
+        return self.array[:, : self.width]
+
+    def down(self) -> torch.Tensor:
+        """Give A of all layers, (r, in)."""
+        return self.array[self.height :, : self.width]
+
+    def up(self, number: int) -> torch.Tensor:
+        """Give one layer's B (out, its own rank)."""
+        return self.array[self.rows[number], self._beside(number)]
+
+    def scaled(self, low: torch.Tensor) -> torch.Tensor:
+        """Multiply A x of all layers, (N, r), by their scales."""
+        if len(set(self.scales)) == 1:
+            return low * self.scales[0]
+        parts = [low[:, column] * scale for column, scale in zip(self.columns, self.scales, strict=True)]
+        return torch.cat([*parts, low[:, self.columns[-1].stop :]], dim=1)
+
+    def _place(self, rank: int) -> None:
+        like = self.layers[0].base_layer.weight
+        self.array = like.new_zeros(self.height + rank, self.width + rank)
+        for number, layer in enumerate(self.layers):
+            base = layer.base_layer.weight
+            base.data = self.weight(number).copy_(base)
+            self._show(number, self.down()[self.columns[number]], self.up(number))
+
+    def _show(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Let a layer have A and B where they are here."""
+        self.layers[number].lora_A[ADAPTER].weight.data = down
+        self.layers[number].lora_B[ADAPTER].weight.data = up
+
+    def _beside(self, number: int) -> slice:
+        column = self.columns[number]
+        return slice(self.width + column.start, self.width + column.stop)
+
+    def _each(self, name: str) -> list[nn.ModuleDict]:
+        return [layer.get_submodule(name) for layer in self.layers]
+
+
+def products(x: torch.Tensor, bordered: Bordered) -> list[torch.Tensor]:
+    """Map (..., in) by each layer, its adapter and its bias included, to (..., out)."""
+    outs = _Products.apply(x.reshape(-1, x.shape[-1]), bordered, *bordered.parameters())
+    shaped = [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+    biases = [layer.base_layer.bias for layer in bordered.layers]
+    return [out if bias is None else out + bias.to(out.dtype) for out, bias in zip(shaped, biases, strict=True)]
+
+
+class _Products(torch.autograd.Function):
+    """Multiply by the weights of an array; A and B come as arguments only for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bordered: Bordered, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        low = bordered.scaled(x @ bordered.down().t())
+        ctx.bordered = bordered
+        ctx.save_for_backward(x, low)
+        wide = torch.cat([x, low], dim=1)
+        return tuple(wide @ bordered.beside(number).t() for number in range(len(bordered.layers)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        bordered: Bordered = ctx.bordered
+        x, low = ctx.saved_tensors
+        scaled = enumerate(zip(gradients, bordered.scales, strict=True))
+        of_lows = [(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled]
+        if bordered.padding:
+            of_lows.append(x.new_zeros(len(x), bordered.padding))
+        of_x, of_low = _of_input(gradients, of_lows, bordered)
+        of_down = of_low.t() @ x
+        of_ups = [gradient.t() @ low[:, column] for gradient, column in zip(gradients, bordered.columns, strict=True)]
+        return of_x, None, *(of_down[column] for column in bordered.columns), *of_ups
+
+
+def _of_input(
+    gradients: Sequence[torch.Tensor], of_lows: Sequence[torch.Tensor], bordered: Bordered
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of x (N, in) and of A x (N, r), of all layers together."""
+    if bordered.joined:
+        wide = torch.cat([*gradients, *of_lows], dim=1)
+        return wide @ bordered.above(), wide[:, bordered.height :]
+    of_low, of_x = torch.cat(of_lows, dim=1), gradients[0] @ bordered.weight(0)
+    for number, gradient in enumerate(gradients[1:], start=1):
+        of_x = torch.addmm(of_x, gradient, bordered.weight(number))
+    return torch.addmm(of_x, of_low, bordered.down()), of_low
+
+
+def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+    return list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(sizes, initial=0))))

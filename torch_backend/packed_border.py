@@ -1,0 +1,106 @@
+"""LoRA's matrices at the border of weights that stay packed in 4 bits: unpacked beside B or above A, for each product.
+
+The two are operations of their own. A compiler that computes a layer's forward pass again in its backward pass would
+take the same unpacking for one, and keep the whole layer unpacked from the first use to the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torch_backend.bordered import Bordered
+from torch_backend.device import look_at
+from torch_backend.four_bit import PACKED, unpack
+from torch_backend.in_place import library
+
+library.define(f"unpack_beside(Tensor up, int width, {PACKED}) -> Tensor")
+library.define(
+    "unpack_above(Tensor down, Tensor[] packed, Tensor[] scales, int[] heights, int blocksize, str quant_type) -> Tensor"
+)
+
+
+class PackedBordered(Bordered):
+    """Hold A and B of 4-bit layers that read one input, as `Bordered` does beside the weights."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Tell whether an input is one to multiply by this: bitsandbytes has kernels for the few rows of generation."""
+        return x.dtype == self._down.dtype and torch.is_grad_enabled()
+
+    def beside(self, number: int) -> torch.Tensor:
+        """Unpack one layer's [W B], (out, in + r)."""
+        packed = self.layers[number].base_layer.packed()
+        return torch.ops.twintune.unpack_beside(self._up[self.rows[number]], self.width, *packed)
+
+    def weight(self, number: int) -> torch.Tensor:
+        """Unpack one layer's W, (out, in)."""
+        return self.layers[number].base_layer.dense()
+
+    def above(self) -> torch.Tensor:
+        """Unpack [W; A] of all layers, (out + r, in)."""
+        packed = [layer.base_layer.packed() for layer in self.layers]
+        codes, scales = [each[0] for each in packed], [scale for each in packed for scale in each[1]]
+        heights = [row.stop - row.start for row in self.rows]
+        return torch.ops.twintune.unpack_above(self._down, codes, scales, heights, *packed[0][3:])
+
+    def down(self) -> torch.Tensor:
+        """Give A of all layers, (r, in)."""
+        return self._down
+
+    def up(self, number: int) -> torch.Tensor:
+        """Give one layer's B (out, its own rank)."""
+        return self._up[self.rows[number], self.columns[number]]
+
+    def _place(self, rank: int) -> None:
+        base = self.layers[0].base_layer
+        self._down, self._up = (
+            torch.zeros(shape, dtype=base.compute_dtype, device=base.weight.device)
+            for shape in ((rank, self.width), (self.height, rank))
+        )
+        for number in range(len(self.layers)):
+            self._show(number, self._down[self.columns[number]], self.up(number))
+
+
+@torch.library.impl(library, "unpack_beside", "CompositeExplicitAutograd")
+def _unpack_beside(up: torch.Tensor, width: int, *packed: Any) -> torch.Tensor:
+    out = _empty_beside(up, width)
+    codes, scales, _, *form = packed
+    _unpack_into(out[:, :width], codes, scales, *form)
+    out[:, width:] = up
+    return out
+
+
+@torch.library.register_fake("twintune::unpack_beside", lib=library)
+def _empty_beside(up: torch.Tensor, width: int, *_: Any) -> torch.Tensor:
+    return up.new_empty(len(up), width + up.shape[1])
+
+
+@torch.library.impl(library, "unpack_above", "CompositeExplicitAutograd")
+def _unpack_above(
+    down: torch.Tensor, packed: list[torch.Tensor], scales: list[torch.Tensor], heights: list[int], *form: Any
+) -> torch.Tensor:
+    out, each = _empty_above(down, packed, scales, heights), len(scales) // len(packed)
+    *parts, border = out.split([*heights, len(down)])
+    for number, (part, codes) in enumerate(zip(parts, packed, strict=True)):
+        _unpack_into(part, codes, scales[number * each :][:each], *form)
+    border.copy_(down)
+    return out
+
+
+@torch.library.register_fake("twintune::unpack_above", lib=library)
+def _empty_above(down: torch.Tensor, _: Any, __: Any, heights: list[int], *___: Any) -> torch.Tensor:
+    return down.new_empty(sum(heights) + len(down), down.shape[1])
+
+
+def _unpack_into(
+    out: torch.Tensor, codes: torch.Tensor, scales: list[torch.Tensor], blocksize: int, quant_type: str
+) -> None:
+    """Unpack a weight into an array of its shape, whose rows may have gaps between them."""
+    if look_at(out.device).has_triton:
+        from torch_backend.unpack_kernel import unpack_into
+
+        unpack_into(out, codes, scales, blocksize, quant_type)
+        return
+    # As one row: on CPUs with AVX512 bitsandbytes 0.50 reads wrong scales of rows that are no multiple of a block.
+    out.copy_(unpack(codes, scales, [1, out.numel()], blocksize, quant_type, out.dtype).view(out.shape))
