@@ -3,8 +3,8 @@
 On the CPU they are laid side by side as rows padded to a like length, each after what it continues, and end to end
 again. On a GPU every row has a block-diagonal mask, so that shapes stay few for `mx.compile`; unless examples continue
 a shared beginning, positions run on there, which rotary embeddings, being relative, do not feel. What lies outside the
-mask costs little where long rows go blockwise (mlx_backend/long_rows.py): blocks further apart than the longest example
-are left out.
+mask costs little in long rows (mlx_backend/long_rows.py): keys further back than the longest example reaches are left
+out, of all blocks at once (mlx_backend/banded.py) unless examples are nearly as long as rows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ MLX's fused kernel has a backward pass on CUDA alone; elsewhere training keeps e
 of positions. Here the forward pass keeps the output and the logarithm of each query's summed exponentials, and the
 backward pass computes a block's probabilities from it again (FlashAttention-2, arXiv:2307.08691, in plain MLX
 operations, which every device has). Memory grows with L, not with its square, and blocks that no query may look into
-are left out: nearly half of all in causal attention. The cost: every score is computed twice.
+are left out: nearly half of all in causal attention. The cost: every score is computed twice, and a pair of blocks is
+some forty kernels, many for a GPU: where queries look back a short way, mlx_backend/banded.py hands all blocks to this
+code at once.
 """
 
 from __future__ import annotations
@@ -33,26 +35,31 @@ class Sight:
     continued: mx.array | None = None  # (B, L): of this segment's number too, which stands first in the row
     positions: mx.array | None = None  # (B, L): windows go by these, which go on where a segment continues another
     shared: int = 0  # no continued segment is longer than this; it hides nothing
-    allowed: mx.array | None = None  # only where this is true, up to four axes that fit (B, H, L, L)
+    allowed: mx.array | None = None  # only where this is true, up to four axes that fit (B, H, Q, L)
+    block: int | None = None  # positions of a block, where the code that knows the length is not to choose
 
-    def dense(self, length: int) -> mx.array:
-        """Write it out as one boolean mask (B|1, H|1, L, L), for attention that takes no other."""
-        whole = slice(0, length)
-        shown = self.by_position(whole, whole)
-        mask = mx.ones((1, 1, length, length), mx.bool_) if shown is None else shown[None, None]
+    def dense(self, length: int, queries: int) -> mx.array:
+        """Write it out as one boolean mask (B|1, H|1, Q, L) for the last so many queries."""
+        rows, columns = slice(length - queries, length), slice(0, length)
+        shown = self.by_position(rows, columns)
+        mask = mx.ones((1, 1, queries, length), mx.bool_) if shown is None else shown[None, None]
         if self.segment_ids is not None:
-            mask = mask & self.by_segment(whole, whole)
+            mask = mask & self.by_segment(rows, columns)
         return mask if self.allowed is None else mask & self.allowed
+
+    def hides_only_later(self) -> bool:
+        """Tell whether a kernel needs no mask for it: it is causal, or shows all."""
+        return self.window is None and self.segment_ids is None and self.allowed is None
 
     def grid(self, length: int) -> list[slice]:
         """Divide positions into blocks of keys."""
-        wanted = min(self._furthest(length), max(BLOCK, length // 16))
-        size = 1 << (min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
+        wanted = min(self.furthest(length), max(BLOCK, length // 16))
+        size = self.block or 1 << (min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
     def blocks(self, length: int, queries: int) -> Iterator[tuple[slice, list[slice]]]:
         """Yield each block of the last so many positions with the blocks of keys that any of them sees."""
-        grid, furthest = self.grid(length), self._furthest(length)
+        grid, furthest = self.grid(length), self.furthest(length)
         size = grid[0].stop
         for start in range(length - queries, length, size):
             rows = slice(start, min(start + size, length))
@@ -60,7 +67,8 @@ class Sight:
             shared = grid[: min(first, -(-self.shared // size))]
             yield rows, [*shared, *grid[first : -(-rows.stop // size)]] if self.causal else grid
 
-    def _furthest(self, length: int) -> int:
+    def furthest(self, length: int) -> int:
+        """Return how many keys up to its own a query may see, beside those that open the row for all."""
         return min([limit for limit in (self.window, self.reach) if limit is not None and self.causal], default=length)
 
     def by_position(self, rows: slice, columns: slice) -> mx.array | None:
@@ -108,7 +116,7 @@ def blockwise_attention(
     batch, heads, number, _ = queries.shape
     groups = keys.shape[1], heads // keys.shape[1]
     arrays = {name: getattr(sight, name) for name in ARRAYS}
-    arrays["allowed"] = _grouped(sight.allowed, groups, keys.shape[2])
+    arrays["allowed"] = _grouped(sight.allowed, groups, (number, keys.shape[2]))
     arrays["sinks"] = None if sinks is None else sinks.astype(mx.float32).reshape(*groups, 1, 1)
     grouped = (queries * scale).reshape(batch, *groups, number, -1)
     attention = _attention(sight, soft_cap)
@@ -116,14 +124,14 @@ def blockwise_attention(
     return out.reshape(batch, heads, number, -1)
 
 
-def _grouped(allowed: mx.array | None, groups: tuple[int, int], length: int) -> mx.array | None:
-    """View a mask as (B|1, H_kv|1, H / H_kv|1, L, L)."""
+def _grouped(allowed: mx.array | None, groups: tuple[int, int], shape: tuple[int, int]) -> mx.array | None:
+    """View a mask as (B|1, H_kv|1, H / H_kv|1, Q, L)."""
     if allowed is None:
         return None
     allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
     batch, heads = allowed.shape[:2]
-    whole = mx.broadcast_to(allowed, (batch, heads, length, length))
-    return whole.reshape(batch, *(groups if heads > 1 else (1, 1)), length, length)
+    whole = mx.broadcast_to(allowed, (batch, heads, *shape))
+    return whole.reshape(batch, *(groups if heads > 1 else (1, 1)), *shape)
 
 
 def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.array, mx.array]]:
@@ -135,7 +143,7 @@ def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.a
     def attention(
         queries: mx.array, keys: mx.array, values: mx.array, arrays: Mapping[str, mx.array]
     ) -> tuple[mx.array, mx.array]:
-        return _forward(queries, keys, values, _Scores.of(sight, soft_cap, arrays), arrays.get("sinks"))
+        return forward(queries, keys, values, Scores.of(sight, soft_cap, arrays), arrays.get("sinks"))
 
     def attention_gradient(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
         queries, keys, values, arrays = primals
@@ -143,22 +151,23 @@ def _attention(sight: Sight, soft_cap: float | None) -> Callable[..., tuple[mx.a
         delta = (cotangents[0].astype(mx.float32) * out).sum(axis=-1, keepdims=True)
         gradients = {name: mx.zeros_like(each) for name, each in arrays.items()}
         if "sinks" in arrays:
-            gradients["sinks"] = -(mx.exp(arrays["sinks"] - logs) * delta).sum(axis=(0, 3), keepdims=True)[0]
-        scores = _Scores.of(sight, soft_cap, arrays)
-        return *_backward(queries, keys, values, scores, cotangents[0], logs, delta), gradients
+            gradients["sinks"] = sinks_gradient(arrays["sinks"], logs, delta)
+        scores = Scores.of(sight, soft_cap, arrays)
+        return *backward(queries, keys, values, scores, cotangents[0], logs, delta), gradients
 
     return custom_gradient(attention, attention_gradient)
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """Compute the scores of one block."""
 
     sight: Sight
     soft_cap: float | None
 
     @classmethod
-    def of(cls, sight: Sight, soft_cap: float | None, arrays: Mapping[str, mx.array]) -> _Scores:
+    def of(cls, sight: Sight, soft_cap: float | None, arrays: Mapping[str, mx.array]) -> Scores:
+        """Put the arrays that a custom function was given in their places of a Sight."""
         return cls(replace(sight, **{name: arrays.get(name) for name in ARRAYS}), soft_cap)
 
     def __call__(
@@ -182,15 +191,17 @@ class _Scores:
         if self.sight.segment_ids is not None:
             yield self.sight.by_segment(rows, columns)[:, :, None]
         if self.sight.allowed is not None:
-            yield self.sight.allowed[..., rows, columns]
+            number, length = self.sight.allowed.shape[-2:]
+            yield self.sight.allowed[..., _among(rows, length - number), columns]
 
 
-def _forward(
-    queries: mx.array, keys: mx.array, values: mx.array, scores: _Scores, sinks: mx.array | None
+def forward(
+    queries: mx.array, keys: mx.array, values: mx.array, scores: Scores, sinks: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """Attend block by block with the highest score so far (online softmax, arXiv:1805.02867).
 
-    A block waits for the one before, lest the scores of all live at once.
+    Maps (B, H_kv, G, Q, D), (B, H_kv, L, D), (B, H_kv, L, E), sinks (H_kv, G, 1, 1) to outputs (B, H_kv, G, Q, E) and
+    logarithms (B, H_kv, G, Q, 1) in float32. A block waits for the one before, lest the scores of all live at once.
     """
     outputs, logs, before = [], [], []
     length, number = keys.shape[-2], queries.shape[-2]
@@ -218,27 +229,31 @@ def _forward(
     return mx.concatenate(outputs, axis=-2), mx.concatenate(logs, axis=-2)
 
 
-def _backward(
+def backward(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    scores: _Scores,
+    scores: Scores,
     d_out: mx.array,
     logs: mx.array,
     delta: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the gradients of queries, keys and values; `delta` is the sum over E of output times its gradient."""
+    """Return the gradients of queries, keys and values; `delta` is the sum over E of output times its gradient.
+
+    The first block waits for the output's gradient: a compiler takes the same operation on the same arrays for one, and
+    would keep the scores of the forward pass for it.
+    """
     d_queries: list[mx.array] = []
     d_keys: dict[int, Any] = {}
     d_values: dict[int, Any] = {}
-    before: list[mx.array] = []
+    before: list[mx.array] = [d_out]
     length, number = keys.shape[-2], queries.shape[-2]
     for rows, seen in scores.sight.blocks(length, number):
         own = _among(rows, length - number)
         query, d_part, log, part_delta = (each[..., own, :].flatten(2, 3) for each in (queries, d_out, logs, delta))
         d_query: Any = 0
         for columns in seen:
-            query, d_part = mx.depends([query, d_part], before) if before else (query, d_part)
+            query, d_part = mx.depends([query, d_part], before)
             key, value, place = keys[:, :, columns], values[:, :, columns], columns.start
             block, slope = scores(query, key, rows, columns)
             probabilities = mx.exp(block - log)
@@ -259,6 +274,11 @@ def _backward(
         for parts, like in ((d_keys, keys), (d_values, values))
     )
     return mx.concatenate(d_queries, axis=-2), d_key, d_value
+
+
+def sinks_gradient(sinks: mx.array, logs: mx.array, delta: mx.array) -> mx.array:
+    """Return the gradient of sinks (H_kv, G, 1, 1)."""
+    return -(mx.exp(sinks - logs) * delta).sum(axis=(0, 3), keepdims=True)[0]
 
 
 def _among(rows: slice, first: int) -> slice:

@@ -1,5 +1,7 @@
 """Attention without L x L scores on MLX: the plain formula's numbers, in memory that grows with L."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_output_and_gradients_are_those_of_the_plain_formula(kind, length, with_
     for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)  # sums of a hundred float32 terms
     np.testing.assert_array_equal(  # the same, written out for attention that takes an array
-        np.broadcast_to(np.array(sight.dense(length)), mask.shape), mask
+        np.broadcast_to(np.array(sight.dense(length, length)), mask.shape), mask
     )
 
 
@@ -105,10 +107,11 @@ def test_the_last_queries_alone_give_what_they_give_among_all(kind, number, soft
     rng = np.random.default_rng(number)
     sight, mask = sight_and_mask(kind, 37, rng)
     queries, *others = arrays(37, rng)
+    of_last = sight if sight.allowed is None else replace(sight, allowed=sight.allowed[..., -number:, :])
     towards = mx.array(rng.normal(size=(ROWS, HEADS, number, VALUE_WIDTH)).astype(np.float32))
 
     def ours(q, k, v, sinks):
-        return (blockwise_attention(q, k, v, 0.3, sight, sinks, soft_cap) * towards).sum()
+        return (blockwise_attention(q, k, v, 0.3, of_last, sinks, soft_cap) * towards).sum()
 
     def expected(q, k, v, sinks):
         whole = mx.concatenate([queries[:, :, :-number], q], axis=2)
@@ -117,6 +120,20 @@ def test_the_last_queries_alone_give_what_they_give_among_all(kind, number, soft
     inputs = [queries[:, :, -number:], *others]
     for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("long", [4, 512])
+def test_a_mask_for_all_positions_is_cut_to_the_last_queries(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlx_backend.long_rows, "LONG", long)
+    rng = np.random.default_rng(0)
+    sight, mask = sight_and_mask("any by head", 37, rng)
+    q, k, v, _ = arrays(37, rng)
+    # A query that sees nothing is MLX's own to define.
+    sees = mask[:, :, -9:].any(axis=-1, keepdims=True)
+    for given in (sight, mx.array(mask)):
+        found = np.where(sees, np.array(attend(q[:, :, -9:], k, v, None, 0.3, given)), 0)
+        expected = plain(q, k, v, None, 0.3, mx.array(mask), None)[:, :, -9:]
+        np.testing.assert_allclose(found, np.array(expected), atol=2e-5)  # sums of some float32 terms
 
 
 def _values(function, inputs: list[mx.array]) -> list[np.ndarray]:
@@ -181,9 +198,9 @@ def test_it_compiles_with_packed_rows_inside_a_checkpoint() -> None:
 def test_gradients_are_computed_on_the_stream_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     device = mx.Device(mx.cpu)
     stream, seen = mx.new_stream(device), []
-    backward = mlx_backend.blockwise._backward
+    backward = mlx_backend.blockwise.backward
     monkeypatch.setattr(
-        mlx_backend.blockwise, "_backward", lambda *each: seen.append(mx.default_stream(device)) or backward(*each)
+        mlx_backend.blockwise, "backward", lambda *each: seen.append(mx.default_stream(device)) or backward(*each)
     )
 
     def loss(q: mx.array) -> mx.array:

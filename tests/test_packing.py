@@ -126,16 +126,24 @@ def test_mask_and_side_by_side_attend_alike_on_mlx(family, checkpoints, monkeypa
 @pytest.mark.parametrize("beginning", [0, 12])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo3", "gpt_oss"])
 def test_the_way_of_a_card_trains_alike_on_mlx(family, beginning, checkpoints, monkeypatch):
+    from mlx_backend.banded import banded_attention
+
     data = make_batches(14, beginning=beginning)
     plan = BatchPlan(data, 2, 2, 0, 1, capacity=120, prefix_sharing=True)
-    results = []
-    for on_gpu, long in ((False, 512), (False, 4), (True, 512), (True, 4)):
+    results, called = [], []
+    monkeypatch.setattr("mlx_backend.band.SMALLEST_BLOCK", 8)
+    for name, size in (("BLOCK", 16), ("SMALLEST_BLOCK", 8)):
+        monkeypatch.setattr(f"mlx_backend.blockwise.{name}", size)
+    monkeypatch.setattr("mlx_backend.long_rows.banded_attention", lambda *a: called.append(1) or banded_attention(*a))
+    ways = [(False, 512, False), (False, 4, False), (True, 512, False), (True, 4, False), (True, 4, True)]
+    for on_gpu, long, at_once in ways:
         engine = open_fresh("mlx", checkpoints[family], packing=True, max_grad_norm=0)
         engine._on_gpu = on_gpu  # which decides how the examples of a row are kept apart, and that alone
         monkeypatch.setattr("mlx_backend.long_rows.LONG", long)
-        for name, size in (("BLOCK", 16), ("SMALLEST_BLOCK", 8)):
-            monkeypatch.setattr(f"mlx_backend.blockwise.{name}", size)
+        monkeypatch.setattr("mlx_backend.long_rows.on_gpu", lambda at_once=at_once: at_once)
+        called.clear()
         results.append(gradient_of(engine, plan.step_batch(1)))
+        assert bool(called) == at_once
     for found in results[1:]:
         compare(found, results[0], tolerance=1e-4)  # positions that run on turn by larger angles
 

@@ -26,6 +26,10 @@ MLX_QUEUED_ARRAYS = 10
 # Attention block by block (mlx_backend/blockwise.py): the size of its blocks, and how many of scores are there at once.
 LONG, BLOCK, LARGEST_BLOCK = 512, 256, 512
 BLOCKS_ALIVE = 10
+# All blocks at once (mlx_backend/banded.py): the sizes of blocks, the scores that are computed at a time, and how many
+# arrays like them are there, as counted on a CPU, compiled, in bfloat16: 5.3, with a soft cap 5.9.
+SMALLEST_BAND, LARGEST_BAND = 128, 512
+BANDED_SCORES, BANDED_ALIVE = 2**27, 5.5
 HEAP_BLOCK = 2**25  # glibc never takes larger ones from its heap
 # Below that, torch's freed activations leave holes: runs on a CPU hold 1.3 to 1.5 times what is alive, and 1.03
 # to 1.07 with MALLOC_MMAP_THRESHOLD_ set, which forbids the heap.
@@ -145,20 +149,33 @@ def _groups(work: Work, how: Setting) -> int:
 def _scores(shape: ModelShape, work: Work, how: Setting) -> tuple[float, float]:
     """Count what attention keeps of a layer where it has no backward kernel, and passing: MPS, and MLX but for CUDA.
 
-    On CUDA MLX keeps the scores of all pairs of packed rows, which are masked.
+    Nor has MLX one on CUDA for packed rows, which are masked.
     """
     masked = how.engine == "mlx" and how.packed
-    on_cuda = how.device_type == "cuda"
-    if (on_cuda and not masked) or (how.engine == "torch" and how.device_type == "cpu"):
+    if (how.device_type == "cuda" and not masked) or (how.engine == "torch" and how.device_type == "cpu"):
         return 0, 0
     # A GPU masks whole packed rows, a CPU lays examples side by side (mlx_backend/arrangement.py).
     span = work.longest if how.device_type == "cpu" else work.length
-    if how.engine == "mlx" and span > LONG and not on_cuda:  # a logarithm a query, in float32
-        block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()
-        rows = work.positions / span
-        return 4 * shape.heads * work.positions, BLOCKS_ALIVE * 4 * rows * shape.heads * block**2
+    if how.engine == "mlx" and span > LONG:  # a logarithm a query, in float32
+        return 4 * shape.heads * work.positions, 4 * _mlx_scores_passing(shape, work, how, span)
     kept = shape.heads * work.positions * span * how.bytes_each
     return kept, SCORES_PASSING * kept
+
+
+def _mlx_scores_passing(shape: ModelShape, work: Work, how: Setting, span: int) -> float:
+    """Count the scores, and numbers like them, that MLX holds of long rows: of some blocks, or on a GPU of all."""
+    width = _band_width(work.longest)
+    if how.packed and how.device_type != "cpu" and width < work.length:
+        return BANDED_ALIVE * min(shape.heads * work.positions * width, BANDED_SCORES)
+    block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()
+    return BLOCKS_ALIVE * work.positions / span * shape.heads * block**2
+
+
+def _band_width(longest: int) -> int:
+    """Count the keys of a block as mlx_backend/band.py does, less those that open a row for all."""
+    reach = 1 << (longest - 1).bit_length()
+    size = 1 << (min(max(reach // 4, SMALLEST_BAND), LARGEST_BAND) - 1).bit_length()
+    return size * (1 - (1 - reach) // size)
 
 
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
