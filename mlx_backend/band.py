@@ -83,9 +83,11 @@ class Band:
         shown = (distance >= 0) & (keys >= 0)[:, None]
         if sight.window is not None and sight.positions is None:
             shown = shown & (distance < sight.window)
-        # Each key counts once: of the row's first, those are shown that the block's own keys come after.
-        opening = mx.broadcast_to((mx.arange(self.shared) < begins)[:, None], (*queries.shape, self.shared))
-        shown = mx.concatenate([shown, opening], axis=-1)[None, :, None]
+        if self.shared:  # MLX 0.32 crashes on CUDA where it computes an empty array
+            # Each key counts once: of the row's first, those are shown that the block's own keys come after.
+            opening = mx.broadcast_to((mx.arange(self.shared) < begins)[:, None], (*queries.shape, self.shared))
+            shown = mx.concatenate([shown, opening], axis=-1)
+        shown = shown[None, :, None]
         whole = mx.broadcast_to(shown, (batch, *shown.shape[1:])).flatten(0, 1)
         if sight.segment_ids is None:
             return whole

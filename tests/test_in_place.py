@@ -36,6 +36,16 @@ def test_a_product_is_added_in_place_where_nothing_else_reads_the_sum() -> None:
     torch.testing.assert_close(module(x, weight, low, up), adapted(x, weight, low, up))
 
 
+def test_several_products_are_added_one_after_the_other() -> None:
+    def summed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(torch.addmm(x @ right, left, right.cos()), x, right.sin()).exp()
+
+    arrays = torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 5)
+    module = graph_of(summed, *arrays)
+    assert kinds(module.graph) == 2 * ["twintune.add_product_.default"]
+    torch.testing.assert_close(module(*arrays), summed(*arrays))
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from torch_backend.in_place import VIEWS, library
+from torch_backend.in_place import library
 
 aten = torch.ops.aten
 library.define("put_beside_(Tensor(a!) wide, Tensor low, float scale, int start) -> ()")
@@ -33,7 +33,8 @@ def leave_room(graph: Graph) -> None:
 def _parts(node: Node) -> tuple[list[Node], list[tuple[Node, float]]]:
     """Divide what is put together along the last axis into arrays and, behind them, products of theirs with scales."""
     arrays, axis = (*node.args, 0)[:2]
-    if axis not in (1, -1) or node.meta["val"].ndim != 2:
+    shape = node.meta["val"].shape
+    if axis not in (1, -1) or len(shape) != 2 or not isinstance(shape[1], int):
         return [], []
     products = [_as_product(array) for array in arrays]
     first = next((place for place, product in enumerate(products) if product is not None), len(arrays))
@@ -66,7 +67,8 @@ def _rewrite(graph: Graph, node: Node, wholes: list[Node], products: list[tuple[
         wide, places = _laid_out(graph, wholes, node.meta["val"].shape[1])
     for whole, place in zip(wholes, places, strict=True):
         for user in [each for each in whole.users if order.get(each, -1) >= order[first]]:
-            _read_there(user, whole, place)
+            if _feeds_products(user):  # who else reads it may compute it for itself
+                user.replace_input_with(whole, place)
     start = node.meta["val"].shape[1] - sum(product.meta["val"].shape[1] for product, _ in products)
     with graph.inserting_before(node):
         for product, scale in products:
@@ -105,12 +107,10 @@ def _rows(graph: Graph, array: Node) -> int | Node:
     return node
 
 
-def _read_there(user: Node, whole: Node, there: Node) -> None:
-    """Let products read an array where it stands now; who else reads it may compute it for itself."""
-    if user.target is aten.mm.default:
-        user.replace_input_with(whole, there)
-    elif user.target is aten.permute.default and all(each.target is aten.mm.default for each in user.users):
-        user.replace_input_with(whole, there)
+def _feeds_products(user: Node) -> bool:
+    """Tell whether what reads an array is a product, or turns it over for products: these read it anywhere."""
+    readers = user.users if user.target is aten.permute.default else [user]
+    return all(reader.target is aten.mm.default for reader in readers)
 
 
 def _call(graph: Graph, target: torch._ops.OpOverload, *args: object) -> Node:

@@ -16,9 +16,8 @@ from torch_backend.four_bit import PACKED, unpack
 from torch_backend.in_place import library
 
 library.define(f"unpack_beside(Tensor up, int width, {PACKED}) -> Tensor")
-library.define(
-    "unpack_above(Tensor down, Tensor[] packed, Tensor[] scales, int[] heights, int blocksize, str quant_type) -> Tensor"
-)
+SEVERAL = "Tensor[] packed, Tensor[] scales, int[] heights, int blocksize, str quant_type"
+library.define(f"unpack_above(Tensor down, {SEVERAL}) -> Tensor")
 
 
 class PackedBordered(Bordered):
@@ -97,7 +96,7 @@ def _unpack_into(
     out: torch.Tensor, codes: torch.Tensor, scales: list[torch.Tensor], blocksize: int, quant_type: str
 ) -> None:
     """Unpack a weight into an array of its shape, whose rows may have gaps between them."""
-    if look_at(out.device).has_triton:
+    if look_at(out.device).has_triton and out.shape[1] % 2 == 0:
         from torch_backend.unpack_kernel import unpack_into
 
         unpack_into(out, codes, scales, blocksize, quant_type)

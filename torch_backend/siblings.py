@@ -96,7 +96,8 @@ def _forward(parent: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(parent).forward(parent, *args, **kwargs)
     for layer, out in zip(layers, products(x, parent.shared), strict=True):
         layer.place.given = x, out
-    result = type(parent).forward(parent, *args, **kwargs)
-    for layer in layers:
-        layer.place.given = None
-    return result
+    try:
+        return type(parent).forward(parent, *args, **kwargs)
+    finally:  # also where memory ran out: these are a layer's largest arrays
+        for layer in layers:
+            layer.place.given = None

@@ -14,16 +14,17 @@ import triton.language as tl
 
 from common.base.four_bit import CODE_BOOKS, NESTED_BLOCK
 
-BYTES = 1024  # of codes that one program unpacks
+NUMBERS = 1024  # of a row that one program unpacks
 
 
 @triton.jit
 def _unpack(
-    codes, scales, outer, code, offset, book, out, size, width, stride,
-    BLOCK: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, BYTES: tl.constexpr,
+    codes, scales, outer, code, offset, book, out, width, stride,
+    BLOCK: tl.constexpr, OUTER: tl.constexpr, NESTED: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    there = place < size // 2
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * NUMBERS
+    pair = first // 2 + tl.arange(0, NUMBERS // 2)
+    there, place = pair < width // 2, row * (width // 2) + pair
     byte = tl.load(codes + place, mask=there, other=0).to(tl.int32)
     block = place // (BLOCK // 2)
     if NESTED:
@@ -31,25 +32,24 @@ def _unpack(
         scale = scale * tl.load(outer + block // OUTER, mask=there, other=0) + tl.load(offset)
     else:
         scale = tl.load(scales + block, mask=there, other=0)
-    high, low = tl.load(book + (byte >> 4)) * scale, tl.load(book + (byte & 15)) * scale
-    number = tl.program_id(0) * 2 * BYTES + tl.arange(0, 2 * BYTES)
-    target = out + (number // width).to(tl.int64) * stride + number % width
-    tl.store(target, tl.interleave(high, low).to(out.dtype.element_ty), mask=number < size)
+    both = tl.interleave(tl.load(book + (byte >> 4)) * scale, tl.load(book + (byte & 15)) * scale)
+    column = first + tl.arange(0, NUMBERS)
+    tl.store(out + row * stride + column, both.to(out.dtype.element_ty), mask=column < width)
 
 
 def unpack_into(
     out: torch.Tensor, codes: torch.Tensor, scales: list[torch.Tensor], blocksize: int, quant_type: str
 ) -> None:
-    """Unpack a weight into an array of its shape (out, in), whose rows may have gaps between them.
+    """Unpack a weight into an array of its shape (out, in), in even, whose rows may have gaps between them.
 
     `scales` are one float32 array, or those of double quantisation.
     """
     absmax, *nested = scales
     outer, code, offset = nested or (absmax, absmax, absmax)
-    size = out.numel()
-    _unpack[(triton.cdiv(size, 2 * BYTES),)](
-        codes, absmax, outer, code, offset, code_book(quant_type, out.device), out, size, out.shape[1], out.stride(0),
-        BLOCK=blocksize, OUTER=NESTED_BLOCK, NESTED=bool(nested), BYTES=BYTES,
+    rows, width = out.shape
+    _unpack[(rows, triton.cdiv(width, NUMBERS))](
+        codes, absmax, outer, code, offset, code_book(quant_type, out.device), out, width, out.stride(0),
+        BLOCK=blocksize, OUTER=NESTED_BLOCK, NESTED=bool(nested), NUMBERS=NUMBERS,
         enable_fp_fusion=False,  # bitsandbytes rounds before it adds the offset
     )  # fmt: skip
 
