@@ -1,7 +1,5 @@
 """LoRA's matrices at the border of frozen weights, as cards have them: the numbers of PEFT's own order, on a CPU."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch

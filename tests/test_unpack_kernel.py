@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from torch_backend.unpack_kernel import unpack_into  # noqa: E402  # it reads TRITON_INTERPRET
+from torch_backend.unpack_kernel import unpack_into  # it reads TRITON_INTERPRET
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (50, 64), (33, 200), (3, 2300)])

@@ -6,9 +6,11 @@ take the same unpacking for one, and keep the whole layer unpacked from the firs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from torch_backend.bordered import Bordered
 from torch_backend.device import look_at
@@ -34,14 +36,11 @@ class PackedBordered(Bordered):
 
     def weight(self, number: int) -> torch.Tensor:
         """Unpack one layer's W, (out, in)."""
-        return self.layers[number].base_layer.dense()
+        return self._above(self._down[:0], self.layers[number : number + 1])
 
     def above(self) -> torch.Tensor:
         """Unpack [W; A] of all layers, (out + r, in)."""
-        packed = [layer.base_layer.packed() for layer in self.layers]
-        codes, scales = [each[0] for each in packed], [scale for each in packed for scale in each[1]]
-        heights = [row.stop - row.start for row in self.rows]
-        return torch.ops.twintune.unpack_above(self._down, codes, scales, heights, *packed[0][3:])
+        return self._above(self._down, self.layers)
 
     def down(self) -> torch.Tensor:
         """Give A of all layers, (r, in)."""
@@ -50,6 +49,12 @@ class PackedBordered(Bordered):
     def up(self, number: int) -> torch.Tensor:
         """Give one layer's B (out, its own rank)."""
         return self._up[self.rows[number], self.columns[number]]
+
+    def _above(self, down: torch.Tensor, layers: Sequence[LoraLayer]) -> torch.Tensor:
+        packed = [layer.base_layer.packed() for layer in layers]
+        codes, scales = [each[0] for each in packed], [scale for each in packed for scale in each[1]]
+        heights = [layer.out_features for layer in layers]
+        return torch.ops.twintune.unpack_above(down, codes, scales, heights, *packed[0][3:])
 
     def _place(self, rank: int) -> None:
         base = self.layers[0].base_layer
