@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PROBED_TOKENS = 8
+TILE = 128  # rows of a tile of a card's matrix products: for 261 rows they compute 384
 SOFT_CAPS, FACTORS, DIVISORS = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
 
 
@@ -29,6 +30,12 @@ def candidates(config: Mapping[str, Any]) -> list[AfterHead]:
     scaled = [AfterHead(factor=settings[name]) for name in FACTORS if settings.get(name)]
     divided = [AfterHead(factor=1 / settings[name]) for name in DIVISORS if settings.get(name)]
     return [*capped, *scaled, *divided, AfterHead()]
+
+
+def chunk_rows(vocabulary: int, chunk_bytes: int) -> int:
+    """Return how many rows of float32 logits fill a chunk, in whole tiles where it holds as many."""
+    rows = max(1, chunk_bytes // (4 * vocabulary))
+    return rows - rows % TILE if rows > TILE else rows
 
 
 def agrees(largest_difference: float, largest_logit: float, dtype: str) -> bool:

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from common.flat import FlatLayout
-from common.logits import AfterHead
+from common.logits import AfterHead, chunk_rows
 from mlx_backend.arrangement import Arrangement, Masked
 from mlx_backend.attention import Packing
 from mlx_backend.head import Head, HeadSelection, finished
@@ -132,7 +132,7 @@ def loss_alone(hidden: mx.array, targets: mx.array, counted: mx.array, head: Hea
 
 def chunks(hidden: mx.array, head: Head) -> Iterator[slice]:
     """Yield the rows (N, D) whose float32 logits fill a chunk."""
-    rows = max(1, CHUNK_BYTES // (4 * head.vocabulary))
+    rows = chunk_rows(head.vocabulary, CHUNK_BYTES)
     for start in range(0, len(hidden), rows):
         yield slice(start, start + rows)
 

@@ -15,7 +15,7 @@ from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.engine import TrainState
 from common.initial import initial_weights
-from common.logits import AfterHead
+from common.logits import TILE, AfterHead, chunk_rows
 from common.trainer import total_loss
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.head import Head, find_head, output_head
@@ -139,3 +139,10 @@ def test_memory_holds_one_chunk_and_not_all_logits(monkeypatch: pytest.MonkeyPat
     mx.eval(mx.value_and_grad(lambda each: function(each, targets, counted, {"weight": weight})[0])(hidden))
     # A chunk's logits, exponentials and errors are 2 MB each; all logits would be 67.
     assert mx.get_peak_memory() - before < 30e6
+
+
+@pytest.mark.parametrize(
+    ("rows_that_fit", "expected"), [(0.5, 1), (1, 1), (TILE, TILE), (TILE + 5, TILE), (5 * TILE - 1, 4 * TILE)]
+)
+def test_a_chunk_has_whole_tiles_of_rows_where_it_holds_any(rows_that_fit: float, expected: int) -> None:
+    assert chunk_rows(VOCABULARY, int(rows_that_fit * 4 * VOCABULARY)) == expected

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.logits import AfterHead
+from common.logits import AfterHead, chunk_rows
 from torch_backend.attention import fastest_kernels
 from torch_backend.device import DTYPES, look_at
 from torch_backend.head import Head, HeadSelection, finished
@@ -87,7 +87,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, head: Head, targets: torch.Tensor, counted: torch.Tensor, error_of: Callable
     ) -> torch.Tensor:
         """Map hidden states (N, D), targets (N,) and weights (N,) to the loss in nats, a float32 scalar."""
-        rows = max(1, CHUNK_BYTES // (4 * len(head.weight)))
+        rows = chunk_rows(len(head.weight), CHUNK_BYTES)
         loss = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from common.estimate.shape import ModelShape
+from common.logits import chunk_rows
 
 CHUNK_BYTES = {"torch": 2**28, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
 # Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
@@ -180,7 +181,7 @@ def _band_width(longest: int) -> int:
 
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
-    chunk = max(1, CHUNK_BYTES[how.engine] // (4 * shape.vocabulary))
+    chunk = chunk_rows(shape.vocabulary, CHUNK_BYTES[how.engine])
     inputs = 2 * work.supervised * shape.hidden * how.bytes_each
     if how.engine == "mlx":
         return 4 * shape.vocabulary * _mlx_logit_rows(work, how, chunk) + inputs
