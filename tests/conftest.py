@@ -30,6 +30,21 @@ MOST_WORKERS = 8  # each imports torch and MLX and makes the session's models ag
 
 use_fast_blas()  # before anything imports mlx.core
 
+
+def let_mlx_walk_as_on_a_cpu() -> None:
+    """Have MLX read now, at its first evaluation, how it walks its graphs: else the first test to compute decides.
+
+    It is what mlx_backend/__init__.py sets for a CPU; peaks of memory depend on it.
+    """
+    import mlx.core as mx
+
+    with pytest.MonkeyPatch.context() as patch:  # processes that tests start decide for themselves
+        patch.setenv("MLX_BFS_MAX_WIDTH", "1000000")
+        mx.eval(mx.array(1) + 1)
+
+
+let_mlx_walk_as_on_a_cpu()
+
 # The same examples every time: a run of the suite judges the change at hand, not its luck. To go looking for more:
 # pytest --hypothesis-profile search
 settings.register_profile("same", derandomize=True, deadline=None)
