@@ -1,4 +1,4 @@
-"""The Triton kernel that unpacks 4-bit weights: bitsandbytes' numbers, and nothing written between rows.
+"""The Triton kernels: bitsandbytes' numbers, copies as they were, and nothing written between rows.
 
 Without a card Triton interprets it, where Triton is installed.
 """
@@ -15,16 +15,30 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from torch_backend.unpack_kernel import unpack_into  # it reads TRITON_INTERPRET
+from torch_backend.copy_kernel import Copies  # both read TRITON_INTERPRET
+from torch_backend.unpack_kernel import unpack_into
+
+DEVICE_NAME = "cpu" if DEVICE == "cpu" else "cuda"
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (50, 64), (33, 200), (3, 2300)])
 @pytest.mark.parametrize("double", [False, True])
 def test_a_weight_is_unpacked_as_bitsandbytes_does(shape: tuple[int, int], double: bool) -> None:
     weight = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
-    layer = four_bit_layer(weight, torch.float32, double).to("cpu" if DEVICE == "cpu" else "cuda")
+    layer = four_bit_layer(weight, torch.float32, double).to(DEVICE_NAME)
     codes, scales, _, *form = layer.packed()
     wide = torch.full((shape[0], shape[1] + 24), 7.0, device=codes.device)
     unpack_into(wide[:, : shape[1]], codes, scales, *form)
     torch.testing.assert_close(wide[:, : shape[1]], layer.dense(), rtol=0, atol=0)
     assert (wide[:, shape[1] :] == 7).all()
+
+
+def test_parts_of_a_flat_array_are_copied_to_their_places_alone() -> None:
+    flat, wide = torch.randn(20_000, device=DEVICE_NAME), torch.zeros(50, 70, device=DEVICE_NAME)
+    tall = torch.zeros(3000, 1, device=DEVICE_NAME)
+    places = [slice(5, 1805), slice(4000, 4140), slice(9000, 12_000)]  # one is longer than a program's share
+    targets = [wide[:30, :60], wide[30:, 60:67], tall]
+    Copies(places, targets).make(flat)
+    for place, target in zip(places, targets, strict=True):
+        torch.testing.assert_close(target.reshape(-1), flat[place], rtol=0, atol=0)
+    assert wide[30:, :60].abs().sum() == wide[:30, 60:].abs().sum() == wide[:, 67:].abs().sum() == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from common.flat import FlatLayout
+from torch_backend.device import look_at
 from torch_backend.low_rank import plain_layers
 
 # PEFT's names of parameters, and of the same in its files.
@@ -41,20 +42,23 @@ class Adapter:
         self.gradient = torch.zeros(0 if self._copied else self.layout.size, device=device)
         self._parameters = [parameters[key] for key in self.layout.shapes]
         kept = {id(parameter) for parameter in placed}
-        rounded = self.weights.to(dtype) if self._copied and len(kept) < len(parameters) else None
-        self._copies = [] if rounded is None else [(rounded, self.weights)]
+        self._rounded = self.weights.to(dtype) if self._copied and len(kept) < len(parameters) else None
+        places, targets = [], []
         for parameter, (_, place, shape) in zip(self._parameters, self.layout.slices(), strict=True):
             if id(parameter) in kept:
-                self._copies.append((parameter.data, self.weights[place].view(shape)))
+                places.append(place)
+                targets.append(parameter.data)
                 continue
-            parameter.data = (self.weights if rounded is None else rounded)[place].view(shape)
+            parameter.data = (self.weights if self._rounded is None else self._rounded)[place].view(shape)
             if not self._copied:
                 parameter.grad = self.gradient[place].view(shape)
+        self._copy_to_places = _copying(places, targets)
 
     def show_weights(self) -> None:
         """Let the layers see the weights as they are now."""
-        for copy, weights in self._copies:
-            copy.copy_(weights)
+        if self._rounded is not None:
+            self._rounded.copy_(self.weights)
+        self._copy_to_places(self.weights)
 
     def zero_gradient(self) -> None:
         """Begin a step's gradient, whatever became of the last one."""
@@ -76,6 +80,20 @@ class Adapter:
     def _forget_rounded(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _copying(places: Sequence[slice], targets: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    """Return what copies parts of a flat array to matrices, all in one kernel where there is Triton."""
+    if targets and look_at(targets[0].device).has_triton:
+        from torch_backend.copy_kernel import Copies
+
+        return Copies(places, targets).make
+
+    def copy_each(flat: torch.Tensor) -> None:
+        for place, target in zip(places, targets, strict=True):
+            target.copy_(flat[place].view(target.shape))
+
+    return copy_each
 
 
 def is_plain(model: nn.Module) -> bool:
