@@ -3,6 +3,7 @@
 The scale s meets arrays of rank width alone; PEFT's order makes a scaled copy of each output's gradient. And the sum is
 rounded once (torch_backend/sum_of_products.py); only the product of an 8-bit weight is bitsandbytes' own, and rounded.
 The gradients of x and of A x are one product and a sum, too (compiled in its own memory: torch_backend/in_place.py).
+On a card layers have a place in an array with others, and take their output from there (torch_backend/siblings.py).
 DoRA, adapters that are merged or switched off, and products in mixed dtypes are left to PEFT.
 """
 

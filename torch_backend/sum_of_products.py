@@ -1,10 +1,9 @@
 """A frozen layer's product and LoRA's in one sum, x W^T + low B^T, that is rounded once.
 
 In half precision LoRA's first steps are far below what their sum with the base is rounded to, and a product that is
-rounded already swallows them whole. CPUs add to an array before they round; cuBLAS rounds its product first, and of a
-sum that LoRA moves by an eighth of a rounding a twentieth arrives (H200, bfloat16: bit for bit what `x @ w.T + total`
-gives; the first step of a 3B learnt nothing). So on a card the factors stand side by side, [x low] [W B]^T, which is
-one product; the copies take 3% of a step's time.
+rounded already swallows them whole. CPUs add to an array before they round; cuBLAS does not, and on a card the factors
+stand side by side, [x low] [W B]^T, which is one product. Here they are copied together for each: the way of layers
+with dropout; others have LoRA's weights beside the base's for good (torch_backend/bordered.py).
 """
 
 from __future__ import annotations
