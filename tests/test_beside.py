@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from fx_graphs import graph_of
 
 from torch_backend.beside import PUT_BESIDE
-from torch_backend.graph_pass import ReuseMemory
 
 X, DOWN, WIDE = (6, 8), (8, 4), (12, 5)
 
@@ -13,13 +12,6 @@ X, DOWN, WIDE = (6, 8), (8, 4), (12, 5)
 @pytest.fixture(autouse=True)
 def drawn_alike() -> None:
     torch.manual_seed(0)
-
-
-def graph_of(function, *arrays: torch.Tensor) -> torch.fx.GraphModule:
-    module = make_fx(function, tracing_mode="fake")(*arrays)
-    ReuseMemory()(module.graph)
-    module.recompile()
-    return module
 
 
 def count(module: torch.fx.GraphModule, target: object) -> int:
@@ -63,8 +55,7 @@ def test_products_read_the_array_where_it_is_then() -> None:
 
 
 def test_widths_that_a_graph_does_not_know_are_left_alone() -> None:
-    module = make_fx(of_one, tracing_mode="symbolic")(*(torch.randn(shape) for shape in (X, DOWN, WIDE)))
-    ReuseMemory()(module.graph)
+    module = graph_of(of_one, *(torch.randn(shape) for shape in (X, DOWN, WIDE)), tracing_mode="symbolic")
     assert count(module, PUT_BESIDE) == 0
 
 

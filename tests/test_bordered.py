@@ -7,7 +7,7 @@ from engines import DEVICE, gradient_of, make_batches, open_fresh
 from packed_layers import four_bit_layer
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from tiny_models import write_family, write_llama
+from tiny_models import FAMILIES, write_family, write_llama
 from torch import nn
 
 from common.batches import BatchPlan
@@ -57,6 +57,19 @@ def test_loss_and_gradient_are_those_of_layers_by_themselves(family, lora, setti
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for key, array in expected.items():  # float32, whose sums are in another order
         np.testing.assert_allclose(gradient[key], array, rtol=1e-3, atol=1e-5 * np.abs(array).max(), err_msg=key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_computes_the_same(family, border, tmp_path):
+    base, found = write_family(tmp_path, family), []
+    for answer in (False, True):
+        border(answer)
+        found.append(gradient_of(open_fresh("torch", base), step()))
+    (expected_loss, expected), (loss, gradient) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    size = max(np.abs(array).max() for array in expected.values())
+    for key, array in expected.items():  # float32; linear attention's rounding errors grow with the length
+        np.testing.assert_allclose(gradient[key], array, rtol=1e-3, atol=1e-4 * size, err_msg=key)
 
 
 @pytest.mark.parametrize(

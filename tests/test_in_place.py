@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-
-from torch_backend.graph_pass import ReuseMemory
+from fx_graphs import graph_of
 
 
 @pytest.fixture(autouse=True)
 def drawn_alike() -> None:
     torch.manual_seed(0)
-
-
-def graph_of(function, *arrays: torch.Tensor) -> torch.fx.GraphModule:
-    module = make_fx(function, tracing_mode="fake")(*arrays)
-    ReuseMemory()(module.graph)
-    module.recompile()
-    return module
 
 
 def kinds(graph: torch.fx.Graph) -> list[str]:
