@@ -1,6 +1,7 @@
 """Compiled layers, offloaded activations, the chunked loss of the torch engine: only speed and memory change."""
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_backend.loss
 from common.batches import BatchPlan
-from common.config import LoraConfig
+from common.config import LoraConfig, TrainConfig
 from common.engine import Engine, StepBatch
 from common.errors import UserError
 from common.layout import make_micro_batch
@@ -32,6 +33,7 @@ from common.sampling import Sampling
 from torch_backend.checkpointing import Offloading, is_hidden_state
 from torch_backend.head import Head, find_head
 from torch_backend.loss import LinearCrossEntropy, softmax_error
+from torch_backend.step import Moments, make_update
 
 needs_card = pytest.mark.skipif(DEVICE == "cpu", reason="on a card alone: TWINTUNE_TEST_DEVICE=gpu")
 SETTINGS = [{}, {"gradient_checkpointing": True}, {"packing": True}]
@@ -42,6 +44,23 @@ def curve(llama: Path, lora: LoraConfig | None = None, **settings: object) -> li
     results = [engine.fetch(engine.train_step(plan.step_batch(step), 5e-3)) for step in range(1, 8)]
     assert len(list(engine.generate([[5, 6, 7]], Sampling(4)))) == 4  # with the layers' own code
     return [result.loss_sum / result.num_loss_tokens for result in results]
+
+
+def test_a_compiled_update_is_the_plain_one_and_skips_what_is_not_finite() -> None:
+    results = []
+    for compiled in (False, True):
+        random = torch.Generator().manual_seed(0)
+        trainable = (torch.rand(10_001, generator=random) < 0.9).float()
+        update = make_update(TrainConfig(weight_decay=0.1), trainable, compiled)
+        weights, moments = torch.randn(10_001, generator=random), Moments.zeros(10_001, torch.device("cpu"))
+        for step in range(1, 5):
+            gradient = torch.randn(10_001, generator=random) * (math.inf if step == 3 else 1)
+            norm, finite = update(weights, moments, gradient, torch.tensor(1.0), torch.tensor(1e-3 * step))
+            assert finite == (step != 3)
+        results.append((weights, moments.first, moments.second, moments.count, norm))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)  # float32 rounding, torch's own bound
+    assert moments.count == 3
 
 
 @needs_card  # a C++ compiler takes a minute for what Triton does in seconds
@@ -77,7 +96,7 @@ def graphs_after(engine: Engine, batches: list[StepBatch], training: bool) -> in
     for batch in batches:
         launched = engine.train_step(batch, 1e-3) if training else engine.eval_step(batch.micro_batches[0])
         engine.fetch(launched)
-    return counters["stats"]["unique_graphs"] - 1  # that of the loss
+    return counters["stats"]["unique_graphs"] - 2  # those of the loss and of the update
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -169,9 +188,9 @@ def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_pa
         return json.loads(done.stdout.splitlines()[-1])
 
     (loss, graphs, kernels), (again, found, found_kernels) = start(), start()
-    assert graphs["autograd_cache_saved"] == graphs["total"] == 2  # the layer and the loss
+    assert graphs["autograd_cache_saved"] == graphs["total"] == 3  # the layer, the loss and the update
     assert kernels["fxgraph_cache_miss"] > 0
-    assert found == {"total": 2, "ok": 2, "autograd_cache_hit": 2}
+    assert found == {"total": 3, "ok": 3, "autograd_cache_hit": 3}
     assert "fxgraph_cache_miss" not in found_kernels
     assert again == loss
     assert any((tmp_path / "cache" / "inductor").iterdir())

@@ -34,7 +34,7 @@ from torch_backend.lora import dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import load_base
 from torch_backend.siblings import border_layers
-from torch_backend.step import Moments, adamw_update
+from torch_backend.step import Moments, make_update
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class TorchEngine:
         placed = border_layers(self._base, DTYPES[self.dtype]) if borders else []
         self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed)
         mask = trainable_entries(self._adapter.layout, config.lora)
-        self._trainable = None if mask is None else torch.from_numpy(mask).to(device)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
         # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
         # and takes them out again at each pass.
         alike = (varlen or not config.packing) and not (lora and lora.target_parameters)
         compiles = hardware.compiles(self.dtype) and alike if config.torch_compile is None else config.torch_compile
+        self._update = make_update(config, None if mask is None else torch.from_numpy(mask).to(device), compiles)
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
         checkpointing, dropout = config.gradient_checkpointing, config.lora.lora_dropout > 0
@@ -126,10 +126,9 @@ class TorchEngine:
             (loss * (scale / batch.num_loss_tokens)).backward()
             self._adapter.collect_gradient()
             loss_sum += loss.detach()
-        gradient = self._adapter.gradient / scale
-        norm, finite = adamw_update(
-            self._config, self._adapter.weights, self._moments, gradient, loss_sum, learning_rate, self._trainable
-        )
+        gradient = self._adapter.gradient if scale == 1 else self._adapter.gradient / scale
+        rate = send(torch.tensor(learning_rate, dtype=torch.float32), self._device)
+        norm, finite = self._update(self._adapter.weights, self._moments, gradient, loss_sum, rate)
         self._adapter.show_weights()
         return self._pending(batch.num_loss_tokens, torch.stack([loss_sum, norm, finite.float()]))
 
