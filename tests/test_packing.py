@@ -86,6 +86,21 @@ def test_no_example_sees_the_one_before_it(name, checkpoints):
     assert second_example_loss(0) == pytest.approx(second_example_loss(1), rel=LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen3_moe"])
+def test_torch_does_not_ask_the_device_whether_rows_are_packed(family, checkpoints, monkeypatch):
+    engine = open_fresh("torch", checkpoints[family])
+    expected = list(engine.generate([[5, 9, 11], [6]], Sampling(4)))
+
+    def ask(*_: object) -> None:
+        raise AssertionError("the host would wait for the device")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", ask)
+    batch = BatchPlan(make_batches(4), 2, 2, 0, 1).step_batch(1)
+    assert np.isfinite(engine.fetch(engine.train_step(batch, 0.0)).loss_sum)
+    engine.fetch(engine.eval_step(batch.micro_batches[0]))
+    assert list(engine.generate([[5, 9, 11], [6]], Sampling(4))) == expected  # by transformers' own masks
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_generation_is_as_without_packing(name, checkpoints):
     prompts = [[5, 9, 11, 40, 3, 7, 20, 21, 22, 23], [6, 7]]
@@ -169,7 +184,7 @@ def test_the_way_of_a_card_trains_alike_on_torch(family, beginning, checkpoints,
     results = []
     for on_card in (False, True):
         engine = open_fresh("torch", checkpoints[family], packing=True, max_grad_norm=0)
-        engine._packing._varlen = on_card
+        engine._attention._varlen = on_card
         results.append(gradient_of(engine, plan.step_batch(1)))
     compare(*results)
 

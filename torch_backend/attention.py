@@ -1,11 +1,13 @@
-"""Attention for packed rows on torch: each example attends to itself, without an (L, L) mask where it can be.
+"""Attention on torch: causal, and in packed rows within each example, without an (L, L) mask where it can be.
 
-transformers hands every attention call to a function of one's choice and passes `cu_seq_lens_q` through to it, its
-own name for where examples begin. On CUDA that is one kernel for all examples (torch's `varlen_attn`), which is given
-the keys of what an example continues once more with its own; elsewhere each example's slice goes through
+transformers hands every attention call to a function of one's choice, and builds no mask for one that it doesn't know:
+to see whether rows are packed it would ask the device, for which the host waits at the start of every step. For rows of
+one example our function is transformers' own causal attention. For packed ones `cu_seq_lens_q`, its own name for where
+examples begin, comes through: on CUDA that is one kernel for all examples (torch's `varlen_attn`), which is given the
+keys of what an example continues once more with its own; elsewhere each example's slice goes through
 `scaled_dot_product_attention` by itself, which costs some microseconds an example and layer. Architectures that
-transformers runs without either (soft caps, sinks) keep its own way with a block-diagonal mask of ours, L x L floats:
-transformers derives one from `position_ids` for some of them only.
+transformers runs without either (soft caps, sinks) keep its own way, packed with a block-diagonal mask of ours, L x L
+floats: transformers derives one from `position_ids` for some of them only.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-NAME = "twintune_packed"
+NAME = "twintune"
 PACKABLE = {"full_attention", "sliding_attention"}
 
 
@@ -44,28 +46,47 @@ def fastest_kernels(hardware: Hardware) -> contextlib.AbstractContextManager:
     return sdpa_kernel(KERNELS, set_priority=True) if hardware.prefers_cudnn else contextlib.nullcontext()
 
 
-class PackedAttention:
-    """Let a model attend within the examples of packed rows, except while it generates."""
+class TrainingAttention:
+    """Let a model attend by this file's function where it can, except while it generates."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Put the function in place of scaled_dot_product_attention's."""
+        self._model = model
+        self._own = model.config._attn_implementation
+        # What attends in a window says so to flash attention's interface, which ours is.
+        self._replaced = self._own == "sdpa" and model._supports_flash_attn and not _other_layers(model)
+        if self._replaced:
+            AttentionInterface.register(NAME, attention)
+            model.set_attn_implementation(NAME)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Give the model its own attention, which knows padding and caches, for as long as the context lasts."""
+        if self._replaced:
+            self._model.set_attn_implementation(self._own)
+        try:
+            yield
+        finally:
+            if self._replaced:
+                self._model.set_attn_implementation(NAME)
+
+
+class PackedAttention(TrainingAttention):
+    """Let a model attend within the examples of packed rows."""
 
     def __init__(self, model: PreTrainedModel, varlen: bool) -> None:
         """Choose how the model can keep examples apart; raises UserError where it can't.
 
         `varlen` says that the device has one kernel for all examples of a row.
         """
-        self._model = model
-        self._varlen = varlen
-        self._own = model.config._attn_implementation
-        other_kinds = set(model.config.to_dict().get("layer_types") or PACKABLE) - PACKABLE
-        if other_kinds or model._is_stateful:
+        others = _other_layers(model)
+        if others:
             raise UserError(
                 f"packing: {model.config.model_type} has layers that carry a state from one example to the next "
-                f"({', '.join(sorted(other_kinds)) or 'recurrent ones'}); write packing: false"
+                f"({', '.join(others)}); write packing: false"
             )
-        # What attends in a window says so to flash attention's interface, which ours is.
-        self._replaced = self._own == "sdpa" and model._supports_flash_attn
-        if self._replaced:
-            AttentionInterface.register(NAME, packed_attention)
-            model.set_attn_implementation(NAME)
+        super().__init__(model)
+        self._varlen = varlen
 
     def arguments(self, row: MicroBatch) -> dict[str, Any]:
         """Say to the model where the segments of a row (1, N) begin, what each sees, and which positions they have."""
@@ -111,19 +132,14 @@ class PackedAttention:
         window = config.to_dict().get("sliding_window") or len(segment)
         return {"full_attention": added(seen), "sliding_attention": added(seen & (distance < window))}
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Give the model its own attention, which knows padding and caches, for as long as the context lasts."""
-        if self._replaced:
-            self._model.set_attn_implementation(self._own)
-        try:
-            yield
-        finally:
-            if self._replaced:
-                self._model.set_attn_implementation(NAME)
+
+def _other_layers(model: PreTrainedModel) -> list[str]:
+    """List the kinds of layers that do more than attend to what is before a token, all of it or in a window."""
+    kinds = set(model.config.to_dict().get("layer_types") or PACKABLE) - PACKABLE
+    return sorted(kinds) or (["recurrent ones"] if model._is_stateful else [])
 
 
-def packed_attention(
+def attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

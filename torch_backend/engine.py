@@ -24,7 +24,7 @@ from common.memory import process_memory
 from common.sampling import Sampling
 from common.segments import end_to_end
 from torch_backend.adapter import Adapter, is_plain
-from torch_backend.attention import PackedAttention
+from torch_backend.attention import PackedAttention, TrainingAttention
 from torch_backend.checkpointing import Offloading, checkpoint_layers
 from torch_backend.compiled import CompiledLayers
 from torch_backend.device import DTYPES, Hardware, choose_device, describe, look_at, send
@@ -65,7 +65,7 @@ class TorchEngine:
         self._base = load_base(model_dir, self.dtype, config.quantization, device)
         self.tied_embeddings = has_tied_embeddings(self._base)
         varlen = hardware.has_varlen(self.dtype)
-        self._packing = PackedAttention(self._base, varlen) if config.packing else None
+        self._attention = PackedAttention(self._base, varlen) if config.packing else TrainingAttention(self._base)
         self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
         width = self._base.config.get_text_config().hidden_size
         self._offloading = Offloading(device, width, DTYPES[self.dtype]) if config.activation_offloading else None
@@ -186,9 +186,9 @@ class TorchEngine:
     def _loss_of(self, micro: MicroBatch) -> torch.Tensor:
         packed = {}
         if is_packed(micro):
-            assert self._packing, "a packed batch for an engine whose config says packing: false"
+            assert isinstance(self._attention, PackedAttention), "a packed batch, and the config says packing: false"
             (micro,) = end_to_end(micro)
-            packed = self._packing.arguments(micro)
+            packed = self._attention.arguments(micro)
         index, targets, weight = supervised_positions(micro)
         arrays = (micro.token_ids.astype(np.int64), index.astype(np.int64), targets.astype(np.int64), weight)
         return self._loss(*(send(torch.from_numpy(array), self._device) for array in arrays), packed)
@@ -198,7 +198,7 @@ class TorchEngine:
         """Run the model with attention and layers of its own, which know padding, caches and changing shapes."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._loss.autocast())
-            for part in (self._packing, self._compiled):
+            for part in (self._attention, self._compiled):
                 if part:
                     stack.enter_context(part.suspended())
             yield
