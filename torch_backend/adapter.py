@@ -23,9 +23,10 @@ class Adapter:
     """Hold the adapter's weights in one flat float32 buffer, and the gradient of a step likewise.
 
     The parameters of the layers are views of the weights, and backward passes add to views of the gradient. Where all
-    of them are plain LoRA's and the run is in half precision, they are views of a rounded copy instead: one operation
-    a step, where layers that round for themselves take fourteen small ones each, forward and backward, and as many for
-    their gradients; and until a backward pass has ended there is no gradient in memory.
+    of them are plain LoRA's and the run is in half precision, they are rounded copies instead, in another flat buffer
+    or on a card at the border of the base's weights: one operation a step, where layers that round for themselves take
+    fourteen small ones each, forward and backward, and as many for their gradients; and until a backward pass has ended
+    there is no gradient in memory.
     """
 
     def __init__(
