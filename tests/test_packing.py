@@ -101,6 +101,21 @@ def test_torch_does_not_ask_the_device_whether_rows_are_packed(family, checkpoin
     assert list(engine.generate([[5, 9, 11], [6]], Sampling(4))) == expected  # by transformers' own masks
 
 
+def test_a_window_that_torch_models_write_into_their_mask_alone_is_kept(tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    model, data = write_family(tmp_path, "qwen2_moe", **window), make_batches(12)
+    for packing in (False, True):
+        engine = open_fresh("torch", model, packing=packing, max_grad_norm=0)
+        ids, mask = data.tokens(3), data.mask(3)
+        logits = torch.from_numpy(engine.logits(ids[None, :-1])[0])  # by transformers' own masks
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64)), reduction="none")
+        assert len(ids) > 2 * window["sliding_window"]
+        found = engine.fetch(engine.eval_step(make_micro_batch(data, [[3]]))).loss_sum
+        assert found == pytest.approx(losses.numpy()[mask[1:]].sum(), rel=LOSS_TOLERANCE)
+    packed = BatchPlan(data, 2, 2, 0, 1, capacity=120).step_batch(1)
+    compare(*(gradient_of(engine, batch) for batch in (packed, one_by_one(data, packed))))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_generation_is_as_without_packing(name, checkpoints):
     prompts = [[5, 9, 11, 40, 3, 7, 20, 21, 22, 23], [6, 7]]

@@ -13,6 +13,7 @@ floats: transformers derives one from `position_ids` for some of them only.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,11 +54,11 @@ class TrainingAttention:
         """Put the function in place of scaled_dot_product_attention's."""
         self._model = model
         self._own = model.config._attn_implementation
-        # What attends in a window says so to flash attention's interface, which ours is.
-        self._replaced = self._own == "sdpa" and model._supports_flash_attn and not _other_layers(model)
-        if self._replaced:
+        able = self._own == "sdpa" and model._supports_flash_attn and not _other_layers(model)
+        if able and (_window(model) is None or _tells_its_window(model)):
             AttentionInterface.register(NAME, attention)
             model.set_attn_implementation(NAME)
+        self._replaced = model.config._attn_implementation == NAME  # some models only warn that they can't
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -127,16 +128,31 @@ class PackedAttention(TrainingAttention):
             mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=device)
             return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
 
+        in_window = added(seen & (distance < (_window(self._model) or len(segment))))
         if "layer_types" not in config.to_dict():
-            return added(seen)
-        window = config.to_dict().get("sliding_window") or len(segment)
-        return {"full_attention": added(seen), "sliding_attention": added(seen & (distance < window))}
+            return in_window
+        return {"full_attention": added(seen), "sliding_attention": in_window}
 
 
 def _other_layers(model: PreTrainedModel) -> list[str]:
     """List the kinds of layers that do more than attend to what is before a token, all of it or in a window."""
-    kinds = set(model.config.to_dict().get("layer_types") or PACKABLE) - PACKABLE
+    configs = model.config.to_dict(), model.config.get_text_config().to_dict()
+    kinds = {kind for config in configs for kind in config.get("layer_types") or ()} - PACKABLE
     return sorted(kinds) or (["recurrent ones"] if model._is_stateful else [])
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Return the window that a model's config names, None for none."""
+    return model.config.get_text_config().to_dict().get("sliding_window")
+
+
+def _tells_its_window(model: PreTrainedModel) -> bool:
+    """Tell whether attention says its window to the function it calls, as flash attention's interface wants it.
+
+    Some architectures write it into their mask alone.
+    """
+    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    return all("sliding_window=" in inspect.getsource(kind) for kind in kinds)
 
 
 def attention(
