@@ -1,5 +1,7 @@
 """LoRA's matrices at the border of frozen weights, as cards have them: the numbers of PEFT's own order, on a CPU."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,15 @@ def test_nothing_is_held_after_a_pass_that_failed(border, llama, monkeypatch):
     with pytest.raises(IndexError):
         mlp(torch.randn(1, 2, mlp.gate_proj.in_features))
     assert mlp.gate_proj.place.given is mlp.up_proj.place.given is None
+
+
+def test_a_closed_engine_lets_go_of_the_model(border, llama):
+    border(True)
+    engine = open_fresh("torch", llama)
+    gradient_of(engine, step())
+    layer = weakref.ref(engine._base.model.layers[0].mlp.gate_proj.base_layer)
+    engine.close()
+    assert layer() is None
 
 
 ROWS, WIDTH, RANK = 64, 512, 4

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from common.flat import FlatLayout
-from torch_backend.device import look_at
 from torch_backend.low_rank import plain_layers
 
 # PEFT's names of parameters, and of the same in its files.
@@ -30,11 +29,17 @@ class Adapter:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, placed: Sequence[nn.Parameter] = ()
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        placed: Sequence[nn.Parameter] = (),
+        triton: bool = False,
     ) -> None:
         """Move the trainable parameters of a model that runs in a dtype into one buffer.
 
-        Those that are `placed` stay where they are, and get a copy of the weights there.
+        Those that are `placed` stay where they are, and get a copy of the weights there, by Triton's kernel or by
+        torch's own.
         """
         parameters = trainable_parameters(model)
         self.layout = FlatLayout({key: tuple(parameter.shape) for key, parameter in parameters.items()})
@@ -53,7 +58,7 @@ class Adapter:
             parameter.data = (self.weights if self._rounded is None else self._rounded)[place].view(shape)
             if not self._copied:
                 parameter.grad = self.gradient[place].view(shape)
-        self._copy_to_places = _copying(places, targets)
+        self._copy_to_places = _copying(places, targets, triton)
 
     def show_weights(self) -> None:
         """Let the layers see the weights as they are now."""
@@ -83,9 +88,9 @@ class Adapter:
             parameter.grad = None
 
 
-def _copying(places: Sequence[slice], targets: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], None]:
-    """Return what copies parts of a flat array to matrices, all in one kernel where there is Triton."""
-    if targets and look_at(targets[0].device).has_triton:
+def _copying(places: Sequence[slice], targets: Sequence[torch.Tensor], triton: bool) -> Callable[[torch.Tensor], None]:
+    """Return what copies parts of a flat array to matrices, with Triton all in one kernel."""
+    if targets and triton:
         from torch_backend.copy_kernel import Copies
 
         return Copies(places, targets).make

@@ -40,6 +40,7 @@ def _parts(node: Node) -> tuple[list[Node], list[tuple[Node, float]]]:
     first = next((place for place, product in enumerate(products) if product is not None), len(arrays))
     wholes, found = list(arrays[:first]), [product for product in products[first:] if product is not None]
     fits = len(found) == len(arrays) - first and all(_product(each).args[0] in wholes for each, _ in found)
+    fits = fits and len({array.meta["val"].dtype for array in arrays}) == 1
     return (wholes, found) if fits else ([], [])
 
 

@@ -21,8 +21,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from torch_backend.low_rank import ADAPTER
+from torch_backend.sum_of_products import ALIGNED
 
-ALIGNED = 8  # numbers: cuBLAS' fast kernels want rows of whole 16 bytes
 # Outputs at most so many times as wide as the input have their gradients laid side by side. Of wider ones, gate and up,
 # the copies would be the largest arrays of a step; their products are added up in the gradient of x.
 WIDEST = 2
@@ -31,9 +31,10 @@ WIDEST = 2
 class Bordered:
     """Hold the weights of layers that read one input: `array` (out + r, in + r), r being the ranks of all."""
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        """Move W, A and B in; the layers have views of the array from then on."""
+    def __init__(self, layers: Sequence[LoraLayer], triton: bool = False) -> None:
+        """Move W, A and B in; the layers have views of the array from then on. `triton` says that its kernels run."""
         self.layers = list(layers)
+        self._triton = triton
         self.scales = [layer.scaling[ADAPTER] for layer in layers]
         self.rows = _side_by_side([layer.out_features for layer in layers])
         self.columns = _side_by_side([layer.r[ADAPTER] for layer in layers])
@@ -67,8 +68,8 @@ class Bordered:
         return self.array[self.height :, : self.width]
 
     def up(self, number: int) -> torch.Tensor:
-        """Give one layer's B (out, its own rank)."""
-        return self.array[self.rows[number], self._beside(number)]
+        """Give one layer's B (out, its own rank), and behind the last one's zeros that fill up."""
+        return self.beside(number)[:, self.width :][:, self._filled(number)]
 
     def scaled(self, low: torch.Tensor) -> torch.Tensor:
         """Multiply A x of all layers, (N, r), by their scales."""
@@ -83,16 +84,18 @@ class Bordered:
         for number, layer in enumerate(self.layers):
             base = layer.base_layer.weight
             base.data = self.weight(number).copy_(base)
-            self._show(number, self.down()[self.columns[number]], self.up(number))
+            column = self.columns[number]
+            self._show(number, self.down()[column], self.beside(number)[:, self.width :][:, column])
 
     def _show(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
         """Let a layer have A and B where they are here."""
         self.layers[number].lora_A[ADAPTER].weight.data = down
         self.layers[number].lora_B[ADAPTER].weight.data = up
 
-    def _beside(self, number: int) -> slice:
-        column = self.columns[number]
-        return slice(self.width + column.start, self.width + column.stop)
+    def _filled(self, number: int) -> slice:
+        """Say where the ranks of a layer stand, those that fill rows up to whole 16 bytes with the last one's."""
+        column, is_last = self.columns[number], number == len(self.columns) - 1
+        return slice(column.start, column.stop + is_last * self.padding)
 
     def _each(self, name: str) -> list[nn.ModuleDict]:
         return [layer.get_submodule(name) for layer in self.layers]
@@ -123,9 +126,10 @@ class _Products(torch.autograd.Function):
         x, low = ctx.saved_tensors
         scaled = enumerate(zip(gradients, bordered.scales, strict=True))
         of_lows = [(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled]
-        if bordered.padding:
-            of_lows.append(x.new_zeros(len(x), bordered.padding))
-        of_x, of_low = _of_input(gradients, of_lows, bordered)
+        if ctx.needs_input_grad[0]:
+            of_x, of_low = _of_input(gradients, of_lows, bordered)
+        else:
+            of_x, of_low = None, torch.cat(of_lows, dim=1)
         of_down = of_low.t() @ x
         of_ups = [gradient.t() @ low[:, column] for gradient, column in zip(gradients, bordered.columns, strict=True)]
         return of_x, None, *(of_down[column] for column in bordered.columns), *of_ups

@@ -38,6 +38,11 @@ class Hardware:
         """Tell whether cuDNN's attention is the fastest."""
         return self.type == "cuda" and self.capability >= (9, 0)
 
+    @property
+    def runs_triton(self) -> bool:
+        """Tell whether Triton is there and knows the card."""
+        return self.type == "cuda" and self.has_triton and self.capability >= (7, 0)
+
     def borders(self, dtype: str) -> bool:
         """Tell whether products are rounded before they are added, so that LoRA's belongs into the base's own."""
         return self.type == "cuda" and dtype != "float32"

@@ -7,6 +7,7 @@ it and `fetch` waits for that copy alone, one step behind.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ class TorchEngine:
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
         borders = hardware.borders(self.dtype) and is_plain(self._model)
-        placed = border_layers(self._base, DTYPES[self.dtype]) if borders else []
-        self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed)
+        triton = hardware.runs_triton and config.torch_compile is not False
+        placed = border_layers(self._base, DTYPES[self.dtype], triton) if borders else []
+        self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed, triton)
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
         # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
@@ -175,6 +177,8 @@ class TorchEngine:
     def close(self) -> None:
         """Release the model and the device's memory."""
         del self._model, self._base, self._adapter, self._moments, self._loss
+        del self._attention, self._compiled, self._selection, self._update, self._offloading
+        gc.collect()  # layers and what was put into them refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

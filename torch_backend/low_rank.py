@@ -41,8 +41,9 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     unusual = args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]
     if unusual or x.dtype != _product_dtype(x.device.type, weights[0].dtype):
         return type(layer).forward(layer, x, *args, **kwargs)
-    if layer.place is not None and layer.place.bordered.takes(x):
-        return layer.place.output(x)
+    out = None if layer.place is None else layer.place.output(x)
+    if out is not None:
+        return out
     down, up = (weight.to(x.dtype) for weight in weights)
     dropout = layer.lora_dropout[ADAPTER]
     if x.requires_grad and isinstance(dropout, nn.Identity):

@@ -13,13 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from torch_backend.bordered import Bordered
-from torch_backend.device import look_at
 from torch_backend.four_bit import PACKED, unpack
 from torch_backend.in_place import library
 
-library.define(f"unpack_beside(Tensor up, int width, {PACKED}) -> Tensor")
+library.define(f"unpack_beside(Tensor up, int width, bool triton, {PACKED}) -> Tensor")
 SEVERAL = "Tensor[] packed, Tensor[] scales, int[] heights, int blocksize, str quant_type"
-library.define(f"unpack_above(Tensor down, {SEVERAL}) -> Tensor")
+library.define(f"unpack_above(Tensor down, bool triton, {SEVERAL}) -> Tensor")
 
 
 class PackedBordered(Bordered):
@@ -32,7 +31,7 @@ class PackedBordered(Bordered):
     def beside(self, number: int) -> torch.Tensor:
         """Unpack one layer's [W B], (out, in + r)."""
         packed = self.layers[number].base_layer.packed()
-        return torch.ops.twintune.unpack_beside(self._up[self.rows[number]], self.width, *packed)
+        return torch.ops.twintune.unpack_beside(self._up[self.rows[number]], self.width, self._triton, *packed)
 
     def weight(self, number: int) -> torch.Tensor:
         """Unpack one layer's W, (out, in)."""
@@ -47,14 +46,14 @@ class PackedBordered(Bordered):
         return self._down
 
     def up(self, number: int) -> torch.Tensor:
-        """Give one layer's B (out, its own rank)."""
-        return self._up[self.rows[number], self.columns[number]]
+        """Give one layer's B (out, its own rank), and behind the last one's zeros that fill up."""
+        return self._up[self.rows[number], self._filled(number)]
 
     def _above(self, down: torch.Tensor, layers: Sequence[LoraLayer]) -> torch.Tensor:
         packed = [layer.base_layer.packed() for layer in layers]
         codes, scales = [each[0] for each in packed], [scale for each in packed for scale in each[1]]
         heights = [layer.out_features for layer in layers]
-        return torch.ops.twintune.unpack_above(down, codes, scales, heights, *packed[0][3:])
+        return torch.ops.twintune.unpack_above(down, self._triton, codes, scales, heights, *packed[0][3:])
 
     def _place(self, rank: int) -> None:
         base = self.layers[0].base_layer
@@ -63,14 +62,14 @@ class PackedBordered(Bordered):
             for shape in ((rank, self.width), (self.height, rank))
         )
         for number in range(len(self.layers)):
-            self._show(number, self._down[self.columns[number]], self.up(number))
+            self._show(number, self._down[self.columns[number]], self._up[self.rows[number], self.columns[number]])
 
 
 @torch.library.impl(library, "unpack_beside", "CompositeExplicitAutograd")
-def _unpack_beside(up: torch.Tensor, width: int, *packed: Any) -> torch.Tensor:
+def _unpack_beside(up: torch.Tensor, width: int, triton: bool, *packed: Any) -> torch.Tensor:
     out = _empty_beside(up, width)
     codes, scales, _, *form = packed
-    _unpack_into(out[:, :width], codes, scales, *form)
+    _unpack_into(out[:, :width], triton, codes, scales, *form)
     out[:, width:] = up
     return out
 
@@ -82,26 +81,31 @@ def _empty_beside(up: torch.Tensor, width: int, *_: Any) -> torch.Tensor:
 
 @torch.library.impl(library, "unpack_above", "CompositeExplicitAutograd")
 def _unpack_above(
-    down: torch.Tensor, packed: list[torch.Tensor], scales: list[torch.Tensor], heights: list[int], *form: Any
+    down: torch.Tensor,
+    triton: bool,
+    packed: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    heights: list[int],
+    *form: Any,
 ) -> torch.Tensor:
-    out, each = _empty_above(down, packed, scales, heights), len(scales) // len(packed)
+    out, each = _empty_above(down, triton, packed, scales, heights), len(scales) // len(packed)
     *parts, border = out.split([*heights, len(down)])
     for number, (part, codes) in enumerate(zip(parts, packed, strict=True)):
-        _unpack_into(part, codes, scales[number * each :][:each], *form)
+        _unpack_into(part, triton, codes, scales[number * each :][:each], *form)
     border.copy_(down)
     return out
 
 
 @torch.library.register_fake("twintune::unpack_above", lib=library)
-def _empty_above(down: torch.Tensor, _: Any, __: Any, heights: list[int], *___: Any) -> torch.Tensor:
+def _empty_above(down: torch.Tensor, _: Any, __: Any, ___: Any, heights: list[int], *____: Any) -> torch.Tensor:
     return down.new_empty(sum(heights) + len(down), down.shape[1])
 
 
 def _unpack_into(
-    out: torch.Tensor, codes: torch.Tensor, scales: list[torch.Tensor], blocksize: int, quant_type: str
+    out: torch.Tensor, triton: bool, codes: torch.Tensor, scales: list[torch.Tensor], blocksize: int, quant_type: str
 ) -> None:
     """Unpack a weight into an array of its shape, whose rows may have gaps between them."""
-    if look_at(out.device).has_triton and out.shape[1] % 2 == 0:
+    if triton and out.shape[1] % 2 == 0:
         from torch_backend.unpack_kernel import unpack_into
 
         unpack_into(out, codes, scales, blocksize, quant_type)

@@ -28,24 +28,28 @@ class Place:
     """Say where a layer's weights are, and what a module above has computed of which input."""
 
     bordered: Bordered
-    number: int
     given: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        if self.given is not None and self.given[0] is x:
-            return self.given[1]
-        return products(x, self.bordered)[self.number]
+    def output(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Map (..., in) to (..., out); None where it would be computed for all that share the array."""
+        given, self.given = self.given, None  # let go of with the last who reads it
+        if given is not None and given[0] is x:
+            return given[1]
+        alone = len(self.bordered.layers) == 1 and self.bordered.takes(x)
+        return products(x, self.bordered)[0] if alone else None
 
 
-def border_layers(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Parameter]:
-    """Border the weights of a model's plain LoRA layers; returns their A and B, which are there from then on."""
+def border_layers(model: PreTrainedModel, dtype: torch.dtype, triton: bool = False) -> list[nn.Parameter]:
+    """Border the weights of a model's plain LoRA layers; returns their A and B, which are there from then on.
+
+    `triton` says that its kernels run here.
+    """
     trained = []
     for layer in decoder_layers(model):
         for parent, children in _groups(layer, dtype):
-            bordered = _kind(children)(children)
-            for number, child in enumerate(children):
-                child.place = Place(bordered, number)
+            bordered = _kind(children)(children, triton)
+            for child in children:
+                child.place = Place(bordered)
             if len(children) > 1:
                 _share(parent, bordered)
             trained += bordered.parameters()
@@ -94,8 +98,9 @@ def _forward(parent: nn.Module, *args: Any, **kwargs: Any) -> Any:
     x = args[0] if args else kwargs[parent.argument]
     if not parent.shared.takes(x):
         return type(parent).forward(parent, *args, **kwargs)
-    for layer, out in zip(layers, products(x, parent.shared), strict=True):
-        layer.place.given = x, out
+    outs = products(x, parent.shared)
+    for layer in reversed(layers):
+        layer.place.given = x, outs.pop()
     try:
         return type(parent).forward(parent, *args, **kwargs)
     finally:  # also where memory ran out: these are a layer's largest arrays
