@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_blockwise import HEADS, ROWS, VALUE_WIDTH, _values, arrays, plain, sight_and_mask
+from plain_attention import HEADS, ROWS, VALUE_WIDTH, arrays, plain, sight_and_mask, values_of
 
 import mlx_backend.band
 import mlx_backend.banded
@@ -55,7 +55,7 @@ def compare(kind: str, length: int, number: int, size: int, with_sinks: bool, so
         return (found[:, :, length - number :] * towards).sum()
 
     inputs = [queries[:, :, length - number :], *others]
-    for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
+    for found, right in zip(*(values_of(each, inputs) for each in (ours, expected)), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)  # sums of a hundred float32 terms
 
 
@@ -149,3 +149,19 @@ def test_a_cpu_goes_block_by_block_and_a_gpu_all_at_once_where_rows_are_long(mon
             attend(short, short, short, None, 1.0, sight)  # MLX's own
     blockwise, banded = "blockwise_attention", "banded_attention"
     assert called == [*3 * [blockwise], *(blockwise, banded, blockwise), *(banded, blockwise)]
+
+
+def test_a_mask_makes_no_empty_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX 0.32 crashes on CUDA where it computes one; a row that shares no beginning has no first keys to show."""
+    made: list[int] = []
+    plain = mx.arange
+
+    def arange(*limits: int) -> mx.array:
+        array = plain(*limits)
+        made.append(array.size)
+        return array
+
+    monkeypatch.setattr(mx, "arange", arange)
+    found = band_of(Sight(window=7), 1024, 1024)
+    assert found is not None and found.mask(Sight(window=7), 2).shape == (2 * found.count, 1, found.size, found.width)
+    assert made and min(made) > 0

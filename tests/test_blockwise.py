@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engines import make_batches, open_fresh
+from plain_attention import HEADS, ROWS, VALUE_WIDTH, arrays, plain, sight_and_mask, values_of
 from tiny_models import FAMILIES, write_family
 
 import mlx_backend.blockwise
@@ -16,7 +17,6 @@ from mlx_backend.blockwise import Sight, blockwise_attention
 from mlx_backend.long_rows import attend, calls_attend
 from mlx_backend.tree import decoder_layers
 
-ROWS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 4, 2, 8, 6
 KINDS = [
     *("causal", "all", "window", "segments", "segments of known reach", "segments and window"),
     *("continued", "continued and window", "any", "any by head"),
@@ -27,55 +27,6 @@ KINDS = [
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("BLOCK", 8), ("SMALLEST_BLOCK", 4), ("LARGEST_BLOCK", 8)):
         monkeypatch.setattr(mlx_backend.blockwise, name, size)
-
-
-def sight_and_mask(kind: str, length: int, rng: np.random.Generator) -> tuple[Sight, np.ndarray]:
-    """Make a Sight and, written out here once more, what it hides."""
-    back = np.arange(length)[:, None] - np.arange(length)
-    causal = np.broadcast_to(back >= 0, (ROWS, HEADS, length, length))
-    segments = np.sort(rng.integers(0, 5, (ROWS, length)), axis=-1)
-    same = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
-    longest = max(int(np.bincount(row).max()) for row in segments)
-    # All but the first segment of a row continue it.
-    shared = (segments == segments[:, :1]).sum(axis=-1, keepdims=True)
-    begins = np.stack([np.searchsorted(row, row) for row in segments])
-    positions = np.arange(length) - begins + np.where(begins > 0, shared, 0)
-    onward = same | (causal & (np.arange(length) < shared)[:, None, None, :])
-    away = (positions[:, :, None] - positions[:, None, :])[:, None]
-    continued = {
-        "continued": mx.array(np.where(begins > 0, segments[:, :1], -1)),
-        "positions": mx.array(positions),
-        "shared": int(shared.max()),
-    }
-    ids, some, by_head = mx.array(segments), rng.random((length, length)) < 0.2, rng.random(causal.shape) < 0.2
-    return {
-        "causal": (Sight(), causal),
-        "all": (Sight(causal=False), np.ones_like(causal)),
-        "window": (Sight(window=7), causal & (back < 7)),
-        "segments": (Sight(segment_ids=ids), same),
-        "segments of known reach": (Sight(segment_ids=ids, reach=longest), same),
-        "segments and window": (Sight(window=3, segment_ids=ids), same & (back < 3)),
-        "continued": (Sight(segment_ids=ids, reach=longest, **continued), onward),
-        "continued and window": (Sight(window=6, segment_ids=ids, **continued), onward & (away < 6)),
-        "any": (Sight(causal=False, allowed=mx.array(some)), np.broadcast_to(some, causal.shape)),
-        "any by head": (Sight(allowed=mx.array(by_head)), by_head & causal),
-    }[kind]
-
-
-def plain(queries, keys, values, sinks, scale: float, mask: mx.array, soft_cap: float | None) -> mx.array:
-    """Compute all scores at once; a query that sees nothing gives zero."""
-    keys, values = (mx.repeat(each, HEADS // KEY_HEADS, axis=1) for each in (keys, values))
-    scores = scale * queries @ keys.swapaxes(-1, -2)
-    scores = scores if soft_cap is None else soft_cap * mx.tanh(scores / soft_cap)
-    weights = mx.where(mask, mx.exp(scores), 0)
-    total = weights.sum(axis=-1, keepdims=True) + (0 if sinks is None else mx.exp(sinks)[:, None, None])
-    return (weights / mx.where(total > 0, total, 1)) @ values
-
-
-def arrays(length: int, rng: np.random.Generator) -> list[mx.array]:
-    shapes = [(HEADS, WIDTH), (KEY_HEADS, WIDTH), (KEY_HEADS, VALUE_WIDTH)]
-    normal = [rng.normal(size=(ROWS, heads, length, width)) for heads, width in shapes]
-    return [mx.array(each.astype(np.float32)) for each in (*normal, rng.normal(size=HEADS))]
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 37])
@@ -93,7 +44,7 @@ def test_output_and_gradients_are_those_of_the_plain_formula(kind, length, with_
     def expected(q, k, v, sinks):
         return (plain(q, k, v, sinks if with_sinks else None, 0.3, mx.array(mask), soft_cap) * towards).sum()
 
-    for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
+    for found, right in zip(*(values_of(each, inputs) for each in (ours, expected)), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)  # sums of a hundred float32 terms
     np.testing.assert_array_equal(  # the same, written out for attention that takes an array
         np.broadcast_to(np.array(sight.dense(length, length)), mask.shape), mask
@@ -118,7 +69,7 @@ def test_the_last_queries_alone_give_what_they_give_among_all(kind, number, soft
         return (plain(whole, k, v, sinks, 0.3, mx.array(mask), soft_cap)[:, :, -number:] * towards).sum()
 
     inputs = [queries[:, :, -number:], *others]
-    for found, right in zip(*(_values(each, inputs) for each in (ours, expected)), strict=True):
+    for found, right in zip(*(values_of(each, inputs) for each in (ours, expected)), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)
 
 
@@ -134,11 +85,6 @@ def test_a_mask_for_all_positions_is_cut_to_the_last_queries(long: int, monkeypa
         found = np.where(sees, np.array(attend(q[:, :, -9:], k, v, None, 0.3, given)), 0)
         expected = plain(q, k, v, None, 0.3, mx.array(mask), None)[:, :, -9:]
         np.testing.assert_allclose(found, np.array(expected), atol=2e-5)  # sums of some float32 terms
-
-
-def _values(function, inputs: list[mx.array]) -> list[np.ndarray]:
-    value, gradients = mx.value_and_grad(function, argnums=[0, 1, 2, 3])(*inputs)
-    return [np.array(each) for each in (value, *gradients)]
 
 
 def test_queries_that_see_nothing_give_zero_and_take_no_gradient() -> None:
