@@ -76,6 +76,8 @@ class TorchEngine:
         borders = hardware.borders(self.dtype) and is_plain(self._model)
         triton = hardware.runs_triton and config.torch_compile is not False
         placed = border_layers(self._base, DTYPES[self.dtype], triton) if borders else []
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # each array is a little larger than the holes that its weights left
         self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed, triton)
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
