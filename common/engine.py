@@ -114,6 +114,17 @@ class DeviceMemory:
     compiles: bool = False  # whether torch compiles layers there without being asked
 
 
+def update_constants(config: TrainConfig) -> dict[str, float]:
+    """Give what clipping and AdamW take from a config, by the names that both engines call it."""
+    return {
+        "beta1": config.adam_beta1,
+        "beta2": config.adam_beta2,
+        "epsilon": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+        "max_norm": config.max_grad_norm,
+    }
+
+
 class Engine(Protocol):
     """Train, evaluate and generate with one model and one adapter on one device."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from common.config import TrainConfig
-from common.engine import LOSS_SCALE, Array
+from common.engine import LOSS_SCALE, Array, update_constants
 from mlx_backend.loss import LossFunction, two_level_sum
 from mlx_backend.streams import Streams
 
@@ -61,15 +61,7 @@ def make_update(config: TrainConfig, trainable: Array | None = None) -> Callable
     gradient norm; whether it was finite). Where it was not, nothing changes; weights where `trainable` is 0 never do.
     """
     return compiler()(
-        partial(
-            _adamw,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            max_norm=config.max_grad_norm,
-            trainable=None if trainable is None else mx.array(trainable),
-        )
+        partial(_adamw, **update_constants(config), trainable=None if trainable is None else mx.array(trainable))
     )
 
 

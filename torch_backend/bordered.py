@@ -31,10 +31,9 @@ WIDEST = 2
 class Bordered:
     """Hold the weights of layers that read one input: `array` (out + r, in + r), r being the ranks of all."""
 
-    def __init__(self, layers: Sequence[LoraLayer], triton: bool = False) -> None:
-        """Move W, A and B in; the layers have views of the array from then on. `triton` says that its kernels run."""
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        """Move W, A and B in; the layers have views of the array from then on."""
         self.layers = list(layers)
-        self._triton = triton
         self.scales = [layer.scaling[ADAPTER] for layer in layers]
         self.rows = _side_by_side([layer.out_features for layer in layers])
         self.columns = _side_by_side([layer.r[ADAPTER] for layer in layers])
@@ -42,10 +41,14 @@ class Bordered:
         self.padding = -self.columns[-1].stop % ALIGNED
         self.joined = self.height <= WIDEST * self.width
         self._place(self.columns[-1].stop + self.padding)
+        for number, (layer, column) in enumerate(zip(layers, self.columns, strict=True)):
+            layer.lora_A[ADAPTER].weight.data = self.down()[column]
+            layer.lora_B[ADAPTER].weight.data = self.up(number)[:, : column.stop - column.start]
 
     def parameters(self) -> list[nn.Parameter]:
         """List A of all layers and B of all layers."""
-        return [matrix[ADAPTER].weight for name in ("lora_A", "lora_B") for matrix in self._each(name)]
+        ups = [layer.lora_B[ADAPTER].weight for layer in self.layers]
+        return [layer.lora_A[ADAPTER].weight for layer in self.layers] + ups
 
     def takes(self, x: torch.Tensor) -> bool:
         """Tell whether an input is one to multiply by this."""
@@ -79,26 +82,17 @@ class Bordered:
         return torch.cat([*parts, low[:, self.columns[-1].stop :]], dim=1)
 
     def _place(self, rank: int) -> None:
+        """Make the array, with the layers' weights in it."""
         like = self.layers[0].base_layer.weight
         self.array = like.new_zeros(self.height + rank, self.width + rank)
         for number, layer in enumerate(self.layers):
             base = layer.base_layer.weight
             base.data = self.weight(number).copy_(base)
-            column = self.columns[number]
-            self._show(number, self.down()[column], self.beside(number)[:, self.width :][:, column])
-
-    def _show(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
-        """Let a layer have A and B where they are here."""
-        self.layers[number].lora_A[ADAPTER].weight.data = down
-        self.layers[number].lora_B[ADAPTER].weight.data = up
 
     def _filled(self, number: int) -> slice:
         """Say where the ranks of a layer stand, those that fill rows up to whole 16 bytes with the last one's."""
         column, is_last = self.columns[number], number == len(self.columns) - 1
         return slice(column.start, column.stop + is_last * self.padding)
-
-    def _each(self, name: str) -> list[nn.ModuleDict]:
-        return [layer.get_submodule(name) for layer in self.layers]
 
 
 def products(x: torch.Tensor, bordered: Bordered) -> list[torch.Tensor]:

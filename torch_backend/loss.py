@@ -39,7 +39,7 @@ class LossFunction:
         self._model = model
         self._selection = selection
         self._head = head
-        self._softmax_error = torch.compile(softmax_error, dynamic=True) if compiled else softmax_error
+        self._softmax_error = compiled_error() if compiled else softmax_error
         self._dtype = DTYPES[dtype]
         self._device = device
         self._hardware = look_at(device)
@@ -93,7 +93,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], head.weight, head.bias)
-            torch._dynamo.mark_static(logits, 1)  # its kernel takes half as long again for any vocabulary
             part_loss, error = error_of(logits, targets[part], counted[part], head.after)
             loss += part_loss
             if gradient is not None:
@@ -106,6 +105,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale the gradient (N, D) that forward left."""
         (gradient,) = ctx.saved_tensors
         return (gradient * scale.to(gradient.dtype), None, None, None, None)
+
+
+def compiled_error() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Compile `softmax_error` for any number of rows; for any vocabulary its kernel would take half as long again."""
+    compiled = torch.compile(softmax_error, dynamic=True)
+
+    def error_of(output: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        torch._dynamo.mark_static(output, 1)
+        return compiled(output, *more)
+
+    return error_of
 
 
 def softmax_error(

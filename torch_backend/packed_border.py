@@ -24,6 +24,11 @@ library.define(f"unpack_above(Tensor down, bool triton, {SEVERAL}) -> Tensor")
 class PackedBordered(Bordered):
     """Hold A and B of 4-bit layers that read one input, as `Bordered` does beside the weights."""
 
+    def __init__(self, layers: Sequence[LoraLayer], triton: bool = False) -> None:
+        """Move A and B in; `triton` says that its kernels run here, else bitsandbytes' do."""
+        self._triton = triton
+        super().__init__(layers)
+
     def takes(self, x: torch.Tensor) -> bool:
         """Tell whether an input is one to multiply by this: bitsandbytes has kernels for the few rows of generation."""
         return x.dtype == self._down.dtype and torch.is_grad_enabled()
@@ -61,8 +66,6 @@ class PackedBordered(Bordered):
             torch.zeros(shape, dtype=base.compute_dtype, device=base.weight.device)
             for shape in ((rank, self.width), (self.height, rank))
         )
-        for number in range(len(self.layers)):
-            self._show(number, self._down[self.columns[number]], self._up[self.rows[number], self.columns[number]])
 
 
 @torch.library.impl(library, "unpack_beside", "CompositeExplicitAutograd")

@@ -47,7 +47,7 @@ def border_layers(model: PreTrainedModel, dtype: torch.dtype, triton: bool = Fal
     trained = []
     for layer in decoder_layers(model):
         for parent, children in _groups(layer, dtype):
-            bordered = _kind(children)(children, triton)
+            bordered = _bordered(children, triton)
             for child in children:
                 child.place = Place(bordered)
             if len(children) > 1:
@@ -56,12 +56,12 @@ def border_layers(model: PreTrainedModel, dtype: torch.dtype, triton: bool = Fal
     return trained
 
 
-def _kind(layers: list[LoraLayer]) -> type[Bordered]:
+def _bordered(layers: list[LoraLayer], triton: bool) -> Bordered:
     if type(layers[0].base_layer) is nn.Linear:
-        return Bordered
+        return Bordered(layers)
     from torch_backend.packed_border import PackedBordered  # bitsandbytes is not there on macOS
 
-    return PackedBordered
+    return PackedBordered(layers, triton)
 
 
 def _groups(layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, list[LoraLayer]]]:
@@ -70,12 +70,12 @@ def _groups(layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, l
     for parent in layer.modules():
         children = {name: child for name, child in parent.named_children() if id(child) in able}
         readers = [child for name, child in children.items() if name in READ_THE_INPUT]
-        if len({(child.in_features, type(child.base_layer)) for child in readers}) == 1:
-            yield parent, readers
-        else:
-            readers = []
+        alike = len({(child.in_features, type(child.base_layer)) for child in readers}) == 1
+        together = readers if alike else []
+        if together:
+            yield parent, together
         for child in children.values():
-            if child not in readers:
+            if child not in together:
                 yield parent, [child]
 
 

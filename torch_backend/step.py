@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from common.config import TrainConfig
+from common.engine import update_constants
 
 # Numbers that are updated at a time, uncompiled: nine arrays of them are alive meanwhile, of all 0.9 GB for a 3B.
 SLICE = 2**22
@@ -40,16 +41,8 @@ def make_update(config: TrainConfig, trainable: torch.Tensor | None, compiled: b
     f(flat weights, moments, gradient, loss sum, learning rate), all on the device -> the gradient norm, and whether it
     was finite. Where it was not, nothing changes; weights where `trainable` is 0 never do.
     """
-    update = partial(
-        _adamw,
-        beta1=config.adam_beta1,
-        beta2=config.adam_beta2,
-        epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        max_norm=config.max_grad_norm,
-        trainable=trainable,
-        slice_size=None if compiled else SLICE,
-    )
+    slice_size = None if compiled else SLICE
+    update = partial(_adamw, **update_constants(config), trainable=trainable, slice_size=slice_size)
     return torch.compile(update) if compiled else update
 
 
