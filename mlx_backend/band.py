@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from common.segments import bound
 from mlx_backend.blockwise import Sight
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # queries; between them a quarter of the way that they look back
@@ -109,6 +110,6 @@ def band_of(sight: Sight, length: int, queries: int) -> Band | None:
     if not sight.causal or sight.allowed is not None:
         return None
     furthest = sight.furthest(length)
-    size = 1 << (min(max(furthest // 4, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
+    size = bound(min(max(furthest // 4, SMALLEST_BLOCK), LARGEST_BLOCK))
     band = Band(length, queries, size, -(-(furthest - 1) // size), min(sight.shared, length))
     return band if band.width < length else None

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from common.segments import bound
 from mlx_backend.streams import custom_gradient
 
 BLOCK = 256  # positions; in long rows a sixteenth of them, as every pair is some graph nodes for the host to hold
@@ -54,7 +55,7 @@ class Sight:
     def grid(self, length: int) -> list[slice]:
         """Divide positions into blocks of keys."""
         wanted = min(self.furthest(length), max(BLOCK, length // 16))
-        size = self.block or 1 << (min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK) - 1).bit_length()
+        size = self.block or bound(min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK))
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
     def blocks(self, length: int, queries: int) -> Iterator[tuple[slice, list[slice]]]:

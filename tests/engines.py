@@ -19,6 +19,7 @@ Step = tuple[float, dict[str, np.ndarray]]  # loss and gradient
 # MLX multiplies float32 in TensorFloat-32 on CUDA unless told not to; the tests compare with exact float32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")
+TORCH_DEVICE = "cpu" if DEVICE == "cpu" else "cuda"
 
 
 def open_fresh(name: str, model: Path, lora: LoraConfig | None = None, **settings: object) -> Engine:

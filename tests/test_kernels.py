@@ -8,24 +8,22 @@ import os
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE
+from engines import TORCH_DEVICE
 from packed_layers import four_bit_layer
 
-if DEVICE == "cpu":
+if TORCH_DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from torch_backend.copy_kernel import Copies  # both read TRITON_INTERPRET
 from torch_backend.unpack_kernel import unpack_into
 
-DEVICE_NAME = "cpu" if DEVICE == "cpu" else "cuda"
-
 
 @pytest.mark.parametrize("shape", [(96, 128), (50, 64), (33, 200), (3, 2300)])
 @pytest.mark.parametrize("double", [False, True])
 def test_a_weight_is_unpacked_as_bitsandbytes_does(shape: tuple[int, int], double: bool) -> None:
     weight = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
-    layer = four_bit_layer(weight, torch.float32, double).to(DEVICE_NAME)
+    layer = four_bit_layer(weight, torch.float32, double).to(TORCH_DEVICE)
     codes, scales, _, *form = layer.packed()
     wide = torch.full((shape[0], shape[1] + 24), 7.0, device=codes.device)
     unpack_into(wide[:, : shape[1]], codes, scales, *form)
@@ -34,8 +32,8 @@ def test_a_weight_is_unpacked_as_bitsandbytes_does(shape: tuple[int, int], doubl
 
 
 def test_parts_of_a_flat_array_are_copied_to_their_places_alone() -> None:
-    flat, wide = torch.randn(20_000, device=DEVICE_NAME), torch.zeros(50, 70, device=DEVICE_NAME)
-    tall = torch.zeros(3000, 1, device=DEVICE_NAME)
+    flat, wide = torch.randn(20_000, device=TORCH_DEVICE), torch.zeros(50, 70, device=TORCH_DEVICE)
+    tall = torch.zeros(3000, 1, device=TORCH_DEVICE)
     places = [slice(5, 1805), slice(4000, 4140), slice(9000, 12_000)]  # one is longer than a program's share
     targets = [wide[:30, :60], wide[30:, 60:67], tall]
     Copies(places, targets).make(flat)

@@ -1,23 +1,26 @@
 """In bfloat16 LoRA's first steps, far below what an output is rounded to, have their effect; PEFT's order has none."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE
+from engines import TORCH_DEVICE
 from packed_layers import four_bit_layer
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.lora import LoRALinear
 from mlx_backend.products import ChosenLinear
+from torch_backend.bordered import Bordered, products
 from torch_backend.low_rank import add_products_at_once
 
 ROWS, WIDTH, RANK = 64, 512, 4
-TORCH_DEVICE = "cpu" if DEVICE == "cpu" else "cuda"
 rng = np.random.default_rng(0)
 X, W = rng.normal(0, 1, (ROWS, WIDTH)), rng.normal(0, 0.05, (WIDTH, WIDTH))
 A, B = rng.normal(0, 0.05, (RANK, WIDTH)), rng.normal(0, 2e-4, (WIDTH, RANK))  # B as after a few steps
@@ -49,9 +52,8 @@ def test_mlx_adds_the_base_to_the_adapter(packed: str) -> None:
     assert share_that_arrives(*outputs) == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.parametrize("packed", ["no", "nf4", "nf4 in flat rows"])
-@pytest.mark.parametrize("ours", [True, False])
-def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(packed: str, ours: bool) -> None:
+def torch_layer(packed: str, ours: bool = True) -> LoraLayer:
+    """Wrap a linear module by PEFT, with our forward pass or its own."""
     if packed == "no":
         linear = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
         linear.weight.data.copy_(torch.from_numpy(W))
@@ -59,13 +61,31 @@ def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(packed: str, ours:
         linear = four_bit_layer(W, torch.bfloat16, flat="flat" in packed)
     model = nn.Sequential(linear).to(TORCH_DEVICE)
     wrapped = get_peft_model(model, PeftLoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"]))
-    layer = wrapped.base_model.model[0]
     if ours:
         add_products_at_once(wrapped)
+    return wrapped.base_model.model[0]
+
+
+def share_on_torch(layer: LoraLayer, compute: Callable[[torch.Tensor], torch.Tensor]) -> float:
     x, outputs = torch.from_numpy(X).bfloat16().to(TORCH_DEVICE), []
     layer.lora_A["default"].weight.data.copy_(torch.from_numpy(A))
     for up in (torch.from_numpy(B), torch.zeros(WIDTH, RANK)):
         layer.lora_B["default"].weight.data.copy_(up)
         with torch.autocast(TORCH_DEVICE, torch.bfloat16):
-            outputs.append(layer(x).detach().float().cpu().numpy())
-    assert share_that_arrives(*outputs) == pytest.approx(1 if ours else 0, abs=0.3)
+            outputs.append(compute(x).detach().float().cpu().numpy())
+    return share_that_arrives(*outputs)
+
+
+@pytest.mark.parametrize("packed", ["no", "nf4", "nf4 in flat rows"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_torch_adds_the_base_to_the_adapter_and_peft_does_not(packed: str, ours: bool) -> None:
+    layer = torch_layer(packed, ours)
+    assert share_on_torch(layer, layer) == pytest.approx(1 if ours else 0, abs=0.3)
+
+
+@pytest.mark.parametrize("packed", ["no", "nf4"])
+def test_at_the_border_of_the_base_the_adapter_arrives_too(packed: str) -> None:
+    kind = Bordered if packed == "no" else pytest.importorskip("torch_backend.packed_border").PackedBordered
+    layer = torch_layer(packed)
+    bordered = kind([layer])
+    assert share_on_torch(layer, lambda x: products(x, bordered)[0]) == pytest.approx(1, abs=0.3)

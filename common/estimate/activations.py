@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from common.estimate.shape import ModelShape
 from common.logits import chunk_rows
+from common.segments import bound
 
 CHUNK_BYTES = {"torch": 2**28, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
 # Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
@@ -168,14 +169,14 @@ def _mlx_scores_passing(shape: ModelShape, work: Work, how: Setting, span: int) 
     width = _band_width(work.longest)
     if how.packed and how.device_type != "cpu" and width < work.length:
         return BANDED_ALIVE * min(shape.heads * work.positions * width, BANDED_SCORES)
-    block = 1 << (min(max(span // 16, BLOCK), LARGEST_BLOCK) - 1).bit_length()
+    block = bound(min(max(span // 16, BLOCK), LARGEST_BLOCK))
     return BLOCKS_ALIVE * work.positions / span * shape.heads * block**2
 
 
 def _band_width(longest: int) -> int:
     """Count the keys of a block as mlx_backend/band.py does, less those that open a row for all."""
-    reach = 1 << (longest - 1).bit_length()
-    size = 1 << (min(max(reach // 4, SMALLEST_BAND), LARGEST_BAND) - 1).bit_length()
+    reach = bound(longest)
+    size = bound(min(max(reach // 4, SMALLEST_BAND), LARGEST_BAND))
     return size * (1 - (1 - reach) // size)
 
 
