@@ -1,10 +1,13 @@
-"""Let compiled graphs compute an array right where it stands beside its own product, as bordered.py has them.
+"""Let compiled graphs compute arrays and products right where they stand beside each other, as bordered.py has them.
 
-Of [x low] with low = s A x, inductor makes x for the product and copies it beside low. Here x is made with room beside
-it, the product reads it there, and low is put into the room: x is written once and never copied.
+Of [x low] with low = s A x, inductor makes x for the product, makes low, multiplies it by s, and copies both. Here x is
+made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large: x and low
+are written once and never copied.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
@@ -12,90 +15,123 @@ from torch.fx import Graph, Node
 from torch_backend.in_place import library
 
 aten = torch.ops.aten
-library.define("put_beside_(Tensor(a!) wide, Tensor low, float scale, int start) -> ()")
-PUT_BESIDE = torch.ops.twintune.put_beside_.default
+library.define("put_product_(Tensor(a!) wide, Tensor left, Tensor right, float scale, int start) -> ()")
+PUT_PRODUCT = torch.ops.twintune.put_product_.default
 
 
-@torch.library.impl(library, "put_beside_", "CompositeExplicitAutograd")
-def put_beside_(wide: torch.Tensor, low: torch.Tensor, scale: float, start: int) -> None:
-    """Write scale * low (N, r) into the columns of a wider array from `start` on."""
-    torch.mul(low, scale, out=wide[:, start : start + low.shape[1]])
+@torch.library.impl(library, "put_product_", "CompositeExplicitAutograd")
+def put_product_(wide: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, start: int) -> None:
+    """Write scale * left (N, K) @ right (K, r) into the columns of a wider array from `start` on."""
+    wide[:, start : start + right.shape[1]].addmm_(left, right, beta=0, alpha=scale)
 
 
 def leave_room(graph: Graph) -> None:
-    """Change a graph of ATen operations: what is put together of arrays and products of theirs."""
+    """Change a graph of ATen operations: what is put together of arrays and, behind them, products."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-        wholes, products = _parts(node)
+        products = _products_behind(node)
         if products:
-            _rewrite(graph, node, wholes, products)
+            _rewrite(graph, node, products)
 
 
-def _parts(node: Node) -> tuple[list[Node], list[tuple[Node, float]]]:
-    """Divide what is put together along the last axis into arrays and, behind them, products of theirs with scales."""
-    arrays, axis = (*node.args, 0)[:2]
+@dataclass(frozen=True)
+class Product:
+    """Hold a product, and the array that it is with its scale."""
+
+    product: Node
+    array: Node
+    scale: float
+
+    @classmethod
+    def of(cls, array: Node) -> Product | None:
+        """Take an array for a product, or one times a number that nobody else reads; None where it is neither."""
+        product, scale = array, 1.0
+        if array.target is aten.mul.Tensor and isinstance(array.args[1], int | float):
+            product, scale = array.args
+        alone = product is array or len(product.users) == 1
+        return cls(product, array, float(scale)) if product.target is aten.mm.default and alone else None
+
+
+def _products_behind(node: Node) -> list[Product]:
+    """Find the products that are put behind arrays along the last axis."""
+    arrays, axis = _put_together(node)
     shape = node.meta["val"].shape
     if axis not in (1, -1) or len(shape) != 2 or not isinstance(shape[1], int):
-        return [], []
-    products = [_as_product(array) for array in arrays]
+        return []
+    products = [Product.of(array) for array in arrays]
     first = next((place for place, product in enumerate(products) if product is not None), len(arrays))
-    wholes, found = list(arrays[:first]), [product for product in products[first:] if product is not None]
-    fits = len(found) == len(arrays) - first and all(_product(each).args[0] in wholes for each, _ in found)
-    fits = fits and len({array.meta["val"].dtype for array in arrays}) == 1
-    return (wholes, found) if fits else ([], [])
+    found = [product for product in products[first:] if product is not None]
+    fits = len(found) == len(arrays) - first and len(set(arrays)) == len(arrays)
+    return found if fits and len({array.meta["val"].dtype for array in arrays}) == 1 else []
 
 
-def _as_product(node: Node) -> tuple[Node, float] | None:
-    """Take an array for a product times a number, None where it is none."""
-    product, scale = node, 1.0
-    if node.target is aten.mul.Tensor and isinstance(node.args[1], int | float):
-        product, scale = node.args
-    if product.target is not aten.mm.default:
-        return None
-    return (product, float(scale)) if len(node.users) == 1 else (node, 1.0)
+def _put_together(node: Node) -> tuple[list[Node], int]:
+    """Give the arrays of a cat, and along which axis they are put together."""
+    arrays, axis = (*node.args, 0)[:2]
+    return list(arrays), axis
 
 
-def _product(node: Node) -> Node:
-    """Return the product that a node is, or is a multiple of."""
-    return node if node.target is aten.mm.default else node.args[0]
-
-
-def _rewrite(graph: Graph, node: Node, wholes: list[Node], products: list[tuple[Node, float]]) -> None:
+def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
     order = {each: number for number, each in enumerate(graph.nodes)}
-    first = min((_product(product) for product, _ in products), key=order.__getitem__)
+    wholes = _put_together(node)[0][: -len(products)]
+    first = min((each.product for each in products), key=order.__getitem__)
     if any(order[whole] > order[first] for whole in wholes):
         return
     with graph.inserting_before(first):
-        wide, places = _laid_out(graph, wholes, node.meta["val"].shape[1])
-    for whole, place in zip(wholes, places, strict=True):
+        alike = _parts(wholes[0])[0] if wholes else first.args[0]
+        wide = _call(graph, aten.new_empty.default, alike, [_rows(graph, alike), _width(node)])
+        places, start = _laid_out(graph, wide, wholes)
+    for whole, place in places.items():
         for user in [each for each in whole.users if order.get(each, -1) >= order[first]]:
             if _feeds_products(user):  # who else reads it may compute it for itself
                 user.replace_input_with(whole, place)
-    start = node.meta["val"].shape[1] - sum(product.meta["val"].shape[1] for product, _ in products)
-    with graph.inserting_before(node):
-        for product, scale in products:
-            graph.call_function(PUT_BESIDE, (wide, product, scale, start))
-            start += product.meta["val"].shape[1]
+    for each in products:
+        with graph.inserting_before(each.product):
+            graph.call_function(PUT_PRODUCT, (wide, *each.product.args, each.scale, start))
+            stop = start + _width(each.array)
+            if len(each.array.users) > 1:  # they get it by itself: what is wide need not be kept for them
+                apart = _call(graph, aten.clone.default, _columns(graph, wide, start, stop))
+                each.array.replace_all_uses_with(apart, lambda user: user is not node)
+            start = stop
     node.replace_all_uses_with(wide)
-    graph.erase_node(node)
+    for each in (node, *places, *(array for each in products for array in (each.array, each.product))):
+        if not each.users and each in order:
+            graph.erase_node(each)
+            del order[each]
 
 
-def _laid_out(graph: Graph, wholes: list[Node], width: int) -> tuple[Node, list[Node]]:
-    """Put arrays side by side in a wider one; returns it, and each where it is there.
+def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, Node], int]:
+    """Copy arrays side by side into a wider one; returns where each is there, and the first column behind them.
 
-    Several are copied each for itself: one kernel for all of them has to find its place for every number, which for
-    the gradients of q, k and v takes ten times as long.
+    Of arrays that are put together themselves each is copied for itself: one kernel for all of them has to find its
+    place for every number, which for the gradients of q, k and v takes ten times as long.
     """
-    if len(wholes) == 1:
-        wide = _call(graph, aten.constant_pad_nd.default, wholes[0], [0, width - wholes[0].meta["val"].shape[1]], 0.0)
-    else:
-        wide = _call(graph, aten.new_empty.default, wholes[0], [_rows(graph, wholes[0]), width])
-    places, start = [], 0
+    places: dict[Node, Node] = {}
+    start = 0
     for whole in wholes:
-        stop = start + whole.meta["val"].shape[1]
-        place = _call(graph, aten.slice.Tensor, wide, 1, start, stop)
-        places.append(place if len(wholes) == 1 else _call(graph, aten.copy_.default, place, whole))
-        start = stop
-    return wide, places
+        begin = start
+        for array in _parts(whole):
+            stop = start + _width(array)
+            places[array] = _call(graph, aten.copy_.default, _columns(graph, wide, start, stop), array)
+            start = stop
+        if whole not in places:
+            places[whole] = _columns(graph, wide, begin, start)
+    return places, start
+
+
+def _parts(whole: Node) -> list[Node]:
+    """Give what an array is put together of side by side, or it alone."""
+    if whole.target is not aten.cat.default:
+        return [whole]
+    arrays, axis = _put_together(whole)
+    return arrays if axis in (1, -1) else [whole]
+
+
+def _columns(graph: Graph, wide: Node, start: int, stop: int) -> Node:
+    return _call(graph, aten.slice.Tensor, wide, 1, start, stop)
+
+
+def _width(array: Node) -> int:
+    return array.meta["val"].shape[1]
 
 
 def _rows(graph: Graph, array: Node) -> int | Node:

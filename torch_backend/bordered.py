@@ -70,9 +70,13 @@ class Bordered:
         """Give A of all layers, (r, in)."""
         return self.array[self.height :, : self.width]
 
+    def ups(self) -> torch.Tensor:
+        """Give B of all layers in blocks, (out, r)."""
+        return self.array[: self.height, self.width :]
+
     def up(self, number: int) -> torch.Tensor:
         """Give one layer's B (out, its own rank), and behind the last one's zeros that fill up."""
-        return self.beside(number)[:, self.width :][:, self._filled(number)]
+        return self.ups()[self.rows[number], self._filled(number)]
 
     def scaled(self, low: torch.Tensor) -> torch.Tensor:
         """Multiply A x of all layers, (N, r), by their scales."""
@@ -118,28 +122,35 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         bordered: Bordered = ctx.bordered
         x, low = ctx.saved_tensors
-        scaled = enumerate(zip(gradients, bordered.scales, strict=True))
-        of_lows = [(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled]
-        if ctx.needs_input_grad[0]:
-            of_x, of_low = _of_input(gradients, of_lows, bordered)
-        else:
-            of_x, of_low = None, torch.cat(of_lows, dim=1)
+        of_x, of_low = _of_input(gradients, bordered, ctx.needs_input_grad[0])
         of_down = of_low.t() @ x
         of_ups = [gradient.t() @ low[:, column] for gradient, column in zip(gradients, bordered.columns, strict=True)]
         return of_x, None, *(of_down[column] for column in bordered.columns), *of_ups
 
 
 def _of_input(
-    gradients: Sequence[torch.Tensor], of_lows: Sequence[torch.Tensor], bordered: Bordered
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of x (N, in) and of A x (N, r), of all layers together."""
+    gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), of all layers together."""
     if bordered.joined:
-        wide = torch.cat([*gradients, *of_lows], dim=1)
+        gradient = _beside(gradients)
+        of_low = bordered.scaled(gradient @ bordered.ups())
+        if not of_x_too:
+            return None, of_low
+        wide = torch.cat([gradient, of_low], dim=1)
         return wide @ bordered.above(), wide[:, bordered.height :]
-    of_low, of_x = torch.cat(of_lows, dim=1), gradients[0] @ bordered.weight(0)
+    scaled = enumerate(zip(gradients, bordered.scales, strict=True))
+    of_low = _beside([(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled])
+    if not of_x_too:
+        return None, of_low
+    of_x = gradients[0] @ bordered.weight(0)
     for number, gradient in enumerate(gradients[1:], start=1):
         of_x = torch.addmm(of_x, gradient, bordered.weight(number))
     return torch.addmm(of_x, of_low, bordered.down()), of_low
+
+
+def _beside(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([*arrays], dim=1) if len(arrays) > 1 else arrays[0]
 
 
 def _side_by_side(sizes: Sequence[int]) -> list[slice]:

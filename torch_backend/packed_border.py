@@ -50,9 +50,9 @@ class PackedBordered(Bordered):
         """Give A of all layers, (r, in)."""
         return self._down
 
-    def up(self, number: int) -> torch.Tensor:
-        """Give one layer's B (out, its own rank), and behind the last one's zeros that fill up."""
-        return self._up[self.rows[number], self._filled(number)]
+    def ups(self) -> torch.Tensor:
+        """Give B of all layers in blocks, (out, r)."""
+        return self._up
 
     def _above(self, down: torch.Tensor, layers: Sequence[LoraLayer]) -> torch.Tensor:
         packed = [layer.base_layer.packed() for layer in layers]
