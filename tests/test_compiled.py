@@ -92,11 +92,13 @@ def step_of(rows: int, examples: range) -> StepBatch:
 
 
 def graphs_after(engine: Engine, batches: list[StepBatch], training: bool) -> int:
-    """Count the graphs that dynamo has made of the layers once some batches were computed."""
+    """Count the graphs that dynamo has made of the layers, and as many of the norm behind them, after some batches."""
     for batch in batches:
         launched = engine.train_step(batch, 1e-3) if training else engine.eval_step(batch.micro_batches[0])
         engine.fetch(launched)
-    return counters["stats"]["unique_graphs"] - 2  # those of the loss and of the update
+    of_both, one_each = counters["stats"]["unique_graphs"] - 2, 2  # without those of the loss and of the update
+    assert of_both % one_each == 0
+    return of_both // one_each
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -188,9 +190,9 @@ def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_pa
         return json.loads(done.stdout.splitlines()[-1])
 
     (loss, graphs, kernels), (again, found, found_kernels) = start(), start()
-    assert graphs["autograd_cache_saved"] == graphs["total"] == 3  # the layer, the loss and the update
+    assert graphs["autograd_cache_saved"] == graphs["total"] == 4  # the layer, the norm, the loss and the update
     assert kernels["fxgraph_cache_miss"] > 0
-    assert found == {"total": 3, "ok": 3, "autograd_cache_hit": 3}
+    assert found == {"total": 4, "ok": 4, "autograd_cache_hit": 4}
     assert "fxgraph_cache_miss" not in found_kernels
     assert again == loss
     assert any((tmp_path / "cache" / "inductor").iterdir())

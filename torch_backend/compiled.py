@@ -41,7 +41,7 @@ Forward = Callable[..., Any]
 
 
 class CompiledLayers:
-    """Let a model's decoder layers run compiled, except where that is suspended."""
+    """Let a model's decoder layers and the norm behind them run compiled, except where that is suspended."""
 
     def __init__(self, model: PreTrainedModel, checkpointing: bool, dropout: bool) -> None:
         """Compile lazily: the first batch of a shape takes the time.
@@ -57,10 +57,11 @@ class CompiledLayers:
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
-        layers = decoder_layers(model)
-        self._forwards: dict[nn.Module, Forward] = {layer: torch.compile(layer.forward) for layer in layers}
+        layers = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}
         if checkpointing and not leaves_out:
-            self._forwards = {layer: partial(_recompute, layer, forward) for layer, forward in self._forwards.items()}
+            layers = {layer: partial(_recompute, layer, forward) for layer, forward in layers.items()}
+        norms = {norm: torch.compile(norm.forward) for norm in _norms_behind(model, list(layers))}
+        self._forwards: dict[nn.Module, Forward] = layers | norms
         self._install()
 
     @contextlib.contextmanager
@@ -82,6 +83,13 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that transformers itself would checkpoint: those of the longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len))
+
+
+def _norms_behind(model: PreTrainedModel, layers: list[nn.Module]) -> list[nn.Module]:
+    """Return what is a norm beside the list of layers: uncompiled, each operation of it is a pass over memory."""
+    children = (list(module.children()) for module in model.modules())
+    beside = next(each for each in children if any(list(child.children()) == layers for child in each))
+    return [child for child in beside if "norm" in type(child).__name__.lower()]
 
 
 def _recompute(layer: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
