@@ -50,7 +50,7 @@ class Head:
 
 def finished(output: torch.Tensor, after: AfterHead) -> torch.Tensor:
     """Turn what a head gives into float32 logits."""
-    logits = output.float() * after.factor
+    logits = output.float() if after.factor == 1 else output.float() * after.factor
     return logits if after.soft_cap is None else after.soft_cap * torch.tanh(logits / after.soft_cap)
 
 
