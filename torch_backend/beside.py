@@ -93,10 +93,10 @@ def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
                 each.array.replace_all_uses_with(apart, lambda user: user is not node)
             start = stop
     node.replace_all_uses_with(wide)
-    for each in (node, *places, *(array for each in products for array in (each.array, each.product))):
-        if not each.users and each in order:
-            graph.erase_node(each)
-            del order[each]
+    replaced = [node, *places, *(each.array for each in products), *(each.product for each in products)]
+    for old in dict.fromkeys(replaced):
+        if not old.users:
+            graph.erase_node(old)
 
 
 def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, Node], int]:
