@@ -3,8 +3,8 @@
     PYTHONPATH=.:tests:tests/peers python tests/peers/torch_step.py [--shapes 3b-bf16 short] [--who ours unsloth]
 
 Every figure comes from a process of its own, which dies with its memory. Models and tokens are random; what isn't
-installed, or fails, is said in its row. `--shapes longest` searches the longest row that trains in 24 GB. A shape takes
-one to three minutes for each of those who run it; `--work` keeps the models (22 GB) between calls. `--tiny` runs all of
+installed, or fails, is said in its row. `--shapes longest` searches the longest row that trains in 24 GB, from `--start`
+on. A shape takes one to three minutes for each of those who run it; `--work` keeps the models (22 GB) between calls. `--tiny` runs all of
 it on a CPU, with tiny models, to see that it would run.
 """
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="of torch_shapes.py; all of them if left out")
     parser.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
     parser.add_argument("--steps", type=int, default=8, help="timed ones")
+    parser.add_argument("--start", type=int, default=4096, help="tokens of the first row that is tried for the longest")
     parser.add_argument("--limit", type=float, default=280, help="seconds for one process")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "twintune-peers")
     parser.add_argument("--output", type=Path, help="file that gets one JSON object a row")
@@ -66,7 +67,7 @@ def run(who: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Let a process measure; what it said last counts, also where it fails or takes too long."""
     flags = ["--tiny"] if options.tiny else []
     command = [sys.executable, __file__, "--child", who, name, "--work", str(options.work), *flags]
-    command += ["--steps", str(options.steps), "--began", str(time.time())]
+    command += ["--steps", str(options.steps), "--start", str(options.start), "--began", str(time.time())]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         try:
             code: int | str = subprocess.run(
@@ -101,7 +102,8 @@ def run_child(who: str, name: str, options: argparse.Namespace) -> None:
         return
     row |= {"device": torch.cuda.get_device_name() if on_card else "CPU", "versions": versions()}
     if name == "longest":
-        for length in longest(who, folder, shape, 256 if options.tiny else 2**20, on_card):
+        start, limit = (64, 256) if options.tiny else (options.start, 2**20)
+        for length in longest(who, folder, shape, start, limit, on_card):
             print(json.dumps(row | {"longest": length}), flush=True)
         return
     print(json.dumps(row | measured(steps_of(who, folder, shape, options.steps, on_card), options.began)))
@@ -151,7 +153,7 @@ def measured(steps: Iterator[tuple[int, int, float]], began: float) -> dict[str,
     return figures
 
 
-def longest(who: str, folder: Path, shape: Any, limit: int, on_card: bool) -> Iterator[int]:
+def longest(who: str, folder: Path, shape: Any, start: int, limit: int, on_card: bool) -> Iterator[int]:
     """Yield ever longer rows that train within the budget: twice as long until one doesn't, then between the two."""
     import torch
 
@@ -159,9 +161,9 @@ def longest(who: str, folder: Path, shape: Any, limit: int, on_card: bool) -> It
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, BUDGET / total))
     train = trainer_of(who, folder, shape, limit, on_card)
-    fitting, failing, unit = 0, limit + 1, min(STEP_OF_LENGTH, limit // 4)
+    fitting, failing, unit = 0, limit + 1, min(STEP_OF_LENGTH, start)
     while failing - fitting > unit:
-        tried = min(2 * fitting or 4 * unit, limit) if failing > limit else (fitting + failing) // 2 // unit * unit
+        tried = min(2 * fitting or start, limit) if failing > limit else (fitting + failing) // 2 // unit * unit
         try:
             train(tried)
             fitting = tried
