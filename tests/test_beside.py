@@ -4,8 +4,9 @@ import pytest
 import torch
 from fx_graphs import graph_of
 
-from torch_backend.beside import PUT_PRODUCT
+from torch_backend.beside import LINE, PUT_PRODUCT, new_rows
 
+NEW = torch.ops.aten.new_empty_strided.default
 X, DOWN, WIDE = (6, 8), (8, 4), (12, 5)
 
 
@@ -71,6 +72,18 @@ def test_what_others_read_of_a_product_does_not_keep_the_array_beside_it() -> No
     arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
     _, low = graph_of(of_one, *arrays)(*arrays)
     assert low.untyped_storage().nbytes() == low.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_begin_at_whole_lines_of_memory(dtype: torch.dtype) -> None:
+    for width in (1, 63, 64, 65, 3120):
+        rows = new_rows(torch.zeros(1, dtype=dtype), (3, width))
+        stride = rows.stride(0) * dtype.itemsize
+        assert rows.shape == (3, width) and rows.dtype == dtype
+        assert stride % LINE == 0 and 0 <= stride - width * dtype.itemsize < LINE
+    arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
+    (wide,) = graph_of(of_one, *arrays).graph.find_nodes(op="call_function", target=NEW)
+    assert wide.meta["val"].shape == (6, 12) and wide.meta["val"].stride() == (32, 1)
 
 
 def test_widths_that_a_graph_does_not_know_are_left_alone() -> None:

@@ -15,6 +15,7 @@ from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.engine import Engine, StepBatch
 from common.sampling import Sampling
+from torch_backend.beside import LINE
 from torch_backend.bordered import ALIGNED, Bordered
 from torch_backend.device import Hardware
 from torch_backend.low_rank import ADAPTER, plain_layers
@@ -160,8 +161,9 @@ def test_a_closed_engine_lets_go_of_the_model(border, llama):
 
 
 @pytest.mark.parametrize("rank", [1, ALIGNED - 1, ALIGNED, 13])
-def test_any_rank_leaves_rows_of_whole_16_bytes(rank):
+def test_any_rank_leaves_rows_of_whole_16_bytes_that_begin_at_whole_lines(rank):
     model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), PeftLoraConfig(r=rank, target_modules=["0"]))
     array = Bordered([model.base_model.model[0]]).array
     assert array.shape[1] % ALIGNED == 0
+    assert array.stride(0) * array.itemsize % LINE == 0
     assert array[24 + rank :].abs().sum() == array[:, 16 + rank :].abs().sum() == 0

@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from torch_backend.beside import new_rows
 from torch_backend.low_rank import ADAPTER
 from torch_backend.sum_of_products import ALIGNED
 
@@ -88,7 +89,7 @@ class Bordered:
     def _place(self, rank: int) -> None:
         """Make the array, with the layers' weights in it."""
         like = self.layers[0].base_layer.weight
-        self.array = like.new_zeros(self.height + rank, self.width + rank)
+        self.array = new_rows(like, (self.height + rank, self.width + rank)).zero_()
         for number, layer in enumerate(self.layers):
             base = layer.base_layer.weight
             base.data = self.weight(number).copy_(base)

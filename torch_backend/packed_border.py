@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from torch_backend.beside import new_rows
 from torch_backend.bordered import Bordered
 from torch_backend.four_bit import PACKED, unpack
 from torch_backend.in_place import library
@@ -79,7 +80,7 @@ def _unpack_beside(up: torch.Tensor, width: int, triton: bool, *packed: Any) -> 
 
 @torch.library.register_fake("twintune::unpack_beside", lib=library)
 def _empty_beside(up: torch.Tensor, width: int, *_: Any) -> torch.Tensor:
-    return up.new_empty(len(up), width + up.shape[1])
+    return new_rows(up, (len(up), width + up.shape[1]))
 
 
 @torch.library.impl(library, "unpack_above", "CompositeExplicitAutograd")

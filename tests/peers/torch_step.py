@@ -3,9 +3,9 @@
     PYTHONPATH=.:tests:tests/peers python tests/peers/torch_step.py [--shapes 3b-bf16 short] [--who ours unsloth]
 
 Every figure comes from a process of its own, which dies with its memory. Models and tokens are random; what isn't
-installed, or fails, is said in its row. `--shapes longest` searches the longest row that trains in 24 GB, from `--start`
-on. A shape takes one to three minutes for each of those who run it; `--work` keeps the models (22 GB) between calls. `--tiny` runs all of
-it on a CPU, with tiny models, to see that it would run.
+installed, or fails, is said in its row. `--shapes longest` searches the longest row that trains in 24 GB, from
+`--start` tokens on. A shape takes one to three minutes for each of those who run it; `--work` keeps the models (22 GB)
+between calls. `--tiny` runs all of it on a CPU, with tiny models, to see that it would run.
 """
 
 import argparse
