@@ -109,11 +109,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def compiled_error() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Compile `softmax_error` for any number of rows; for any vocabulary its kernel would take half as long again."""
-    compiled = torch.compile(softmax_error, dynamic=True)
+    compiled = torch.compile(softmax_error)
 
-    def error_of(output: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def error_of(output: torch.Tensor, *of_rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         torch._dynamo.mark_static(output, 1)
-        return compiled(output, *more)
+        for array in (output, *of_rows[:2]):
+            torch._dynamo.maybe_mark_dynamic(array, 0)
+        return compiled(output, *of_rows)
 
     return error_of
 
