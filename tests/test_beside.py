@@ -1,5 +1,10 @@
 """The pass that makes arrays where they stand beside their own products: the same numbers, and nothing copied."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+
 import pytest
 import torch
 from fx_graphs import graph_of
@@ -74,6 +79,57 @@ def test_what_others_read_of_a_product_does_not_keep_the_array_beside_it() -> No
     assert low.untyped_storage().nbytes() == low.nbytes
 
 
+def test_no_program_of_many_gives_other_numbers() -> None:
+    """Put together products, what was put together before, and what is made of either, in any order."""
+    random, written = Random(0), 0
+
+    def program(seed: float, *arrays: torch.Tensor) -> list[torch.Tensor]:
+        draw, known, weights = Random(seed), list(arrays[:2]), arrays[2:]
+        for _ in range(draw.randint(4, 10)):
+            some = draw.choices(known, k=draw.randint(1, 3))
+            products = [each @ draw.choice(weights)[: each.shape[1]] for each in draw.choices(known[-4:], k=2)]
+            scaled = [product * draw.choice([0.5, 2.0]) if draw.random() < 0.5 else product for product in products]
+            wide = torch.cat(draw.choice([[*some, *scaled], scaled, [*some, *scaled, some[0]], some]), dim=1)
+            kinds = [wide[:, :50], wide[:, :50].sin(), wide[:, :50].permute(1, 0) @ wide[:, :6], products[0]]
+            result = draw.choice(kinds)
+            known += [result] if result.shape[0] == len(arrays[0]) else []
+        return known[-3:]
+
+    for _ in range(60):
+        arrays = [torch.randn(6, 5, dtype=torch.float64) for _ in range(2)]
+        arrays += [torch.randn(60, width, dtype=torch.float64) / 8 for width in (3, 4, 8)]
+        run = partial(program, random.random())
+        module = graph_of(run, *arrays)
+        written += count(module, PUT_PRODUCT)
+        with nothing_made_before():
+            found = module(*arrays)
+        for one, other in zip(found, run(*arrays), strict=True):
+            torch.testing.assert_close(one, other)
+    assert written > 60
+
+
+@contextmanager
+def nothing_made_before() -> Iterator[None]:
+    """Fill new arrays with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_was_put_together_so_is_not_read_before_it_is_whole() -> None:
+    def chain(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        first = x @ down
+        second = first.cos() @ down[:4]
+        return torch.cat([torch.cat([x, first, second.exp() @ down[:4]], dim=1), second], dim=1)
+
+    arrays = [torch.randn(X), torch.randn(DOWN)]
+    with nothing_made_before():
+        torch.testing.assert_close(graph_of(chain, *arrays)(*arrays), chain(*arrays))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_begin_at_whole_lines_of_memory(dtype: torch.dtype) -> None:
     for width in (1, 63, 64, 65, 3120):
@@ -102,6 +158,9 @@ def test_widths_that_a_graph_does_not_know_are_left_alone() -> None:
         lambda x, down, weight: torch.cat([x, x @ down, down[:6]], dim=1),  # something behind it
         lambda x, down, weight: torch.cat([x, x @ x.t() @ x], dim=0),  # below, not beside
         lambda x, down, weight: torch.cat([x[None], (x @ down)[None]], dim=2),
+        lambda x, down, weight: torch.cat([x[0], down[0]], dim=-1),
+        lambda x, down, weight: torch.cat([x, (x.int() @ down.int()) * 0.5], dim=1),
+        lambda x, down, weight: torch.cat([x.half(), x @ down], dim=1),
     ],
 )
 def test_anything_else_that_is_put_together_stays_as_it_is(function) -> None:

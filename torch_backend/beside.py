@@ -1,8 +1,8 @@
 """Let compiled graphs compute arrays and products right where they stand beside each other, as bordered.py has them.
 
 Of [x low] with low = s A x, inductor makes x for the product, makes low, multiplies it by s, and copies both. Here x is
-made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large: x and low
-are written once and never copied.
+made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large. What is
+kept of low for the backward pass is a copy of its own, or [x low] would be kept for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def row_stride(width: int, dtype: torch.dtype) -> int:
 def leave_room(graph: Graph) -> None:
     """Change a graph of ATen operations: what is put together of arrays and, behind them, products."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-        products = _products_behind(node)
+        products = [] if node.kwargs else _products_behind(node)
         if products:
             _rewrite(graph, node, products)
 
@@ -64,20 +64,19 @@ class Product:
         if array.target is aten.mul.Tensor and isinstance(array.args[1], int | float):
             product, scale = array.args
         alone = product is array or len(product.users) == 1
-        return cls(product, array, float(scale)) if product.target is aten.mm.default and alone else None
+        alike = array.meta["val"].is_floating_point() and product.meta["val"].dtype == array.meta["val"].dtype
+        return cls(product, array, float(scale)) if product.target is aten.mm.default and alone and alike else None
 
 
 def _products_behind(node: Node) -> list[Product]:
     """Find the products that are put behind arrays along the last axis."""
     arrays, axis = _put_together(node)
-    shape = node.meta["val"].shape
-    if axis not in (1, -1) or len(shape) != 2 or not isinstance(shape[1], int):
+    if axis not in (1, -1) or not all(_alike(array, node) for array in arrays) or not isinstance(_width(node), int):
         return []
     products = [Product.of(array) for array in arrays]
     first = next((place for place, product in enumerate(products) if product is not None), len(arrays))
     found = [product for product in products[first:] if product is not None]
-    fits = len(found) == len(arrays) - first and len(set(arrays)) == len(arrays)
-    return found if fits and len({array.meta["val"].dtype for array in arrays}) == 1 else []
+    return found if len(found) == len(arrays) - first and len(set(arrays)) == len(arrays) else []
 
 
 def _put_together(node: Node) -> tuple[list[Node], int]:
@@ -86,14 +85,23 @@ def _put_together(node: Node) -> tuple[list[Node], int]:
     return list(arrays), axis
 
 
+def _alike(array: Node, other: Node) -> bool:
+    """Tell whether arrays have two axes and the same dtype."""
+    value, other_value = array.meta["val"], other.meta["val"]
+    return value.ndim == other_value.ndim == 2 and value.dtype == other_value.dtype
+
+
 def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
     order = {each: number for number, each in enumerate(graph.nodes)}
     wholes = _put_together(node)[0][: -len(products)]
     first = min((each.product for each in products), key=order.__getitem__)
-    if any(order[whole] > order[first] for whole in wholes):
+    parts = [part for whole in wholes for part in _parts(whole)]
+    # What was put together so itself is whole only once its last product is there.
+    unfilled = any(part.target is aten.new_empty_strided.default for part in parts)
+    if unfilled or any(order[whole] > order[first] for whole in wholes):
         return
     with graph.inserting_before(first):
-        alike = _parts(wholes[0])[0] if wholes else first.args[0]
+        alike = [*parts, first.args[0]][0]
         shape, strides = [_rows(graph, alike), _width(node)], [row_stride(_width(node), alike.meta["val"].dtype), 1]
         wide = _call(graph, aten.new_empty_strided.default, alike, shape, strides)
         places, start = _laid_out(graph, wide, wholes)
@@ -140,7 +148,7 @@ def _parts(whole: Node) -> list[Node]:
     if whole.target is not aten.cat.default:
         return [whole]
     arrays, axis = _put_together(whole)
-    return arrays if axis in (1, -1) else [whole]
+    return arrays if axis in (1, -1) and all(_alike(array, whole) for array in arrays) else [whole]
 
 
 def _columns(graph: Graph, wide: Node, start: int, stop: int) -> Node:

@@ -4,7 +4,7 @@ y = W x + s B A x is [x low] [W B]^T with low = s A x: one sum, rounded once. cu
 to an array, and LoRA's first steps, in half precision far below what their sum with the base is rounded to, are lost
 there (H200, bfloat16: of a sum that LoRA moves by an eighth of a rounding a twentieth arrives). The gradient of x is
 such a product too, [dy dlow] [W; A] with dlow = s B^T dy. W stands between A and B for good and is never copied for
-it; what is multiplied is laid out beside low and dlow, by a compiler at no cost (torch_backend/beside.py).
+it; what is multiplied is made beside low and dlow where there is a compiler (torch_backend/beside.py).
 
 Layers that read the same input have one array, all their A below all their W and B in blocks: the input is laid out
 and multiplied by A once for all of them, and its gradient is one product.
@@ -133,20 +133,20 @@ def _of_input(
     gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), of all layers together."""
-    if bordered.joined:
-        gradient = _beside(gradients)
-        of_low = bordered.scaled(gradient @ bordered.ups())
-        if not of_x_too:
-            return None, of_low
-        wide = torch.cat([gradient, of_low], dim=1)
-        return wide @ bordered.above(), wide[:, bordered.height :]
-    scaled = enumerate(zip(gradients, bordered.scales, strict=True))
-    of_low = _beside([(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled])
+    joined = _beside(gradients) if bordered.joined else None
+    if joined is not None and len(set(bordered.scales)) == 1:
+        of_lows = [(joined @ bordered.ups()) * bordered.scales[0]]
+    else:
+        scaled = enumerate(zip(gradients, bordered.scales, strict=True))
+        of_lows = [(each @ bordered.up(number)) * scale for number, (each, scale) in scaled]
     if not of_x_too:
-        return None, of_low
-    of_x = gradients[0] @ bordered.weight(0)
-    for number, gradient in enumerate(gradients[1:], start=1):
-        of_x = torch.addmm(of_x, gradient, bordered.weight(number))
+        return None, _beside(of_lows)
+    if joined is not None:
+        wide = torch.cat([joined, *of_lows], dim=1)
+        return wide @ bordered.above(), wide[:, bordered.height :]
+    of_low, of_x = _beside(of_lows), gradients[0] @ bordered.weight(0)
+    for number, other in enumerate(gradients[1:], start=1):
+        of_x = torch.addmm(of_x, other, bordered.weight(number))
     return torch.addmm(of_x, of_low, bordered.down()), of_low
 
 

@@ -60,7 +60,7 @@ class KeptInput:
         self._stream = stream
         self._before = before
         self._device = tensor.device
-        self._on_card: torch.Tensor | None = tensor  # that of the last layer stays there
+        self._on_card: torch.Tensor | None = tensor  # the last one stays there
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copied = self._copy(tensor, self._host)
 
@@ -96,7 +96,8 @@ class KeptInput:
 def is_hidden_state(tensor: torch.Tensor, width: int, dtype: torch.dtype) -> bool:
     """Tell a layer's input (B, T, D) from what else a pass saves: weights, and the angles that all layers share.
 
-    In half precision another dtype tells what the norm before the head keeps, in float32 and twice; it is needed first.
+    In half precision another dtype tells what an uncompiled norm before the head keeps, in float32 and twice; it is
+    needed first. A compiled one keeps its input like a layer.
     """
     hidden = tensor.ndim == 3 and tensor.shape[-1] == width and tensor.dtype == dtype
     return hidden and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda

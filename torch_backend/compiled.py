@@ -1,4 +1,4 @@
-"""Compiled decoder layers on torch: one graph that all layers of a kind share, compiled in seconds.
+"""Compiled decoder layers on torch, and the norm behind them: one graph that all layers of a kind share, in seconds.
 
 Compiling layer by layer gives the speed of compiling a whole model in a sixth of the time (measured: 12 s against 69 s
 for a 3B on an H200), and what was compiled is found again at the next start. Layers get a compiled `forward` of their
@@ -66,17 +66,17 @@ class CompiledLayers:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run the layers' own code for as long as the context lasts."""
-        for layer in self._forwards:
-            del layer.forward
+        """Run the modules' own code for as long as the context lasts."""
+        for module in self._forwards:
+            del module.forward
         try:
             yield
         finally:
             self._install()
 
     def _install(self) -> None:
-        for layer, forward in self._forwards.items():
-            layer.forward = forward
+        for module, forward in self._forwards.items():
+            module.forward = forward
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -86,10 +86,13 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _norms_behind(model: PreTrainedModel, layers: list[nn.Module]) -> list[nn.Module]:
-    """Return what is a norm beside the list of layers: uncompiled, each operation of it is a pass over memory."""
-    children = (list(module.children()) for module in model.modules())
-    beside = next(each for each in children if any(list(child.children()) == layers for child in each))
-    return [child for child in beside if "norm" in type(child).__name__.lower()]
+    """Return the norms after the list of layers: uncompiled, each of their operations is a pass over memory."""
+    for module in model.modules():
+        children = list(module.children())
+        place = next((place for place, child in enumerate(children) if list(child.children()) == layers), None)
+        if place is not None:
+            return [child for child in children[place + 1 :] if "norm" in type(child).__name__.lower()]
+    return []
 
 
 def _recompute(layer: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What inductor does to a compiled layer's graph for us, after its own passes: it lets results overwrite what dies."""
+"""What inductor does to a compiled layer's graph for us, after its own passes: results are made where they belong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch_backend import beside, in_place, overwrite
 
 
 class ReuseMemory(CustomGraphPass):
-    """Make sums, and several results of several arrays, in memory that is there."""
+    """Make products beside arrays, and sums, and several results of several arrays, in memory that is there."""
 
     def __call__(self, graph: Graph) -> None:
         """Change a graph of ATen operations."""
@@ -19,4 +19,4 @@ class ReuseMemory(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Tell graphs that were stored with this pass from others."""
-        return get_hash_for_files((beside.__file__, in_place.__file__, overwrite.__file__))
+        return get_hash_for_files((__file__, beside.__file__, in_place.__file__, overwrite.__file__))

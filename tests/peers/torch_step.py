@@ -161,9 +161,10 @@ def longest(who: str, folder: Path, shape: Any, start: int, limit: int, on_card:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, BUDGET / total))
     train = trainer_of(who, folder, shape, limit, on_card)
-    fitting, failing, unit = 0, limit + 1, min(STEP_OF_LENGTH, start)
+    unit = min(STEP_OF_LENGTH, start)
+    fitting, failing, first = 0, limit + 1, start // unit * unit
     while failing - fitting > unit:
-        tried = min(2 * fitting or start, limit) if failing > limit else (fitting + failing) // 2 // unit * unit
+        tried = min(2 * fitting or first, limit) if failing > limit else (fitting + failing) // 2 // unit * unit
         try:
             train(tried)
             fitting = tried
