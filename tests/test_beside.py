@@ -9,7 +9,8 @@ import pytest
 import torch
 from fx_graphs import graph_of
 
-from torch_backend.beside import LINE, PUT_PRODUCT, new_rows
+from torch_backend.aligned import LINE, new_rows
+from torch_backend.beside import PUT_PRODUCT
 
 NEW = torch.ops.aten.new_empty_strided.default
 X, DOWN, WIDE = (6, 8), (8, 4), (12, 5)

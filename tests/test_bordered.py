@@ -15,8 +15,8 @@ from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.engine import Engine, StepBatch
 from common.sampling import Sampling
-from torch_backend.beside import LINE
-from torch_backend.bordered import ALIGNED, Bordered
+from torch_backend.aligned import ALIGNED, LINE
+from torch_backend.bordered import Bordered
 from torch_backend.device import Hardware
 from torch_backend.low_rank import ADAPTER, plain_layers
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from packed_layers import four_bit_layer
 
-from torch_backend.sum_of_products import ALIGNED, add_low_rank, both_products, side_by_side
+from torch_backend.aligned import ALIGNED
+from torch_backend.sum_of_products import add_low_rank, both_products, side_by_side
 
 ROWS, IN, OUT = 6, 128, 96
 

@@ -20,9 +20,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from torch_backend.beside import new_rows
+from torch_backend.aligned import ALIGNED, new_rows
 from torch_backend.low_rank import ADAPTER
-from torch_backend.sum_of_products import ALIGNED
 
 # Outputs at most so many times as wide as the input have their gradients laid side by side. Of wider ones, gate and up,
 # the copies would be the largest arrays of a step; their products are added up in the gradient of x.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from torch_backend import beside, in_place, overwrite
+from torch_backend import aligned, beside, in_place, overwrite
 
 
 class ReuseMemory(CustomGraphPass):
@@ -19,4 +19,5 @@ class ReuseMemory(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Tell graphs that were stored with this pass from others."""
-        return get_hash_for_files((__file__, beside.__file__, in_place.__file__, overwrite.__file__))
+        files = (module.__file__ for module in (aligned, beside, in_place, overwrite))
+        return get_hash_for_files((__file__, *files))

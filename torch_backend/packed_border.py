@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from torch_backend.beside import new_rows
+from torch_backend.aligned import new_rows
 from torch_backend.bordered import Bordered
 from torch_backend.four_bit import PACKED, unpack
 from torch_backend.in_place import library

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
+from torch_backend.aligned import ALIGNED
 from torch_backend.in_place import PRODUCTS, library
-
-ALIGNED = 8  # numbers: cuBLAS' fast kernels want rows of whole 16 bytes
 
 # An operation of its own, so that a compiler neither keeps the copies nor takes them for cheap.
 library.define("sum_of_products(Tensor x, Tensor low, Tensor up, Tensor weight) -> Tensor")
