@@ -35,8 +35,8 @@ class Bordered:
         """Move W, A and B in; the layers have views of the array from then on."""
         self.layers = list(layers)
         self.scales = [layer.scaling[ADAPTER] for layer in layers]
-        self.rows = _side_by_side([layer.out_features for layer in layers])
-        self.columns = _side_by_side([layer.r[ADAPTER] for layer in layers])
+        self.rows = _end_to_end([layer.out_features for layer in layers])
+        self.columns = _end_to_end([layer.r[ADAPTER] for layer in layers])
         self.height, self.width = self.rows[-1].stop, layers[0].in_features
         self.padding = -self.columns[-1].stop % ALIGNED
         self.joined = self.height <= WIDEST * self.width
@@ -122,36 +122,45 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         bordered: Bordered = ctx.bordered
         x, low = ctx.saved_tensors
-        of_x, of_low = _of_input(gradients, bordered, ctx.needs_input_grad[0])
+        of_input = _side_by_side if bordered.joined else _added_up
+        of_x, of_low = of_input(gradients, bordered, ctx.needs_input_grad[0])
         of_down = of_low.t() @ x
         of_ups = [gradient.t() @ low[:, column] for gradient, column in zip(gradients, bordered.columns, strict=True)]
         return of_x, None, *(of_down[column] for column in bordered.columns), *of_ups
 
 
-def _of_input(
+def _side_by_side(
     gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), of all layers together."""
-    joined = _beside(gradients) if bordered.joined else None
-    if joined is not None and len(set(bordered.scales)) == 1:
-        of_lows = [(joined @ bordered.ups()) * bordered.scales[0]]
-    else:
-        scaled = enumerate(zip(gradients, bordered.scales, strict=True))
-        of_lows = [(each @ bordered.up(number)) * scale for number, (each, scale) in scaled]
+    """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), by one product each."""
+    gradient = _beside(gradients)
+    alike = len(set(bordered.scales)) == 1
+    of_lows = [(gradient @ bordered.ups()) * bordered.scales[0]] if alike else _of_lows(gradients, bordered)
+    wide = torch.cat([gradient, *of_lows], dim=1)
+    return wide @ bordered.above() if of_x_too else None, wide[:, bordered.height :]
+
+
+def _added_up(
+    gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return what `_side_by_side` does, by a product for each layer."""
+    of_low = _beside(_of_lows(gradients, bordered))
     if not of_x_too:
-        return None, _beside(of_lows)
-    if joined is not None:
-        wide = torch.cat([joined, *of_lows], dim=1)
-        return wide @ bordered.above(), wide[:, bordered.height :]
-    of_low, of_x = _beside(of_lows), gradients[0] @ bordered.weight(0)
-    for number, other in enumerate(gradients[1:], start=1):
-        of_x = torch.addmm(of_x, other, bordered.weight(number))
+        return None, of_low
+    of_x = gradients[0] @ bordered.weight(0)
+    for number, gradient in enumerate(gradients[1:], start=1):
+        of_x = torch.addmm(of_x, gradient, bordered.weight(number))
     return torch.addmm(of_x, of_low, bordered.down()), of_low
+
+
+def _of_lows(gradients: Sequence[torch.Tensor], bordered: Bordered) -> list[torch.Tensor]:
+    scaled = enumerate(zip(gradients, bordered.scales, strict=True))
+    return [(gradient @ bordered.up(number)) * scale for number, (gradient, scale) in scaled]
 
 
 def _beside(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([*arrays], dim=1) if len(arrays) > 1 else arrays[0]
 
 
-def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+def _end_to_end(sizes: Sequence[int]) -> list[slice]:
     return list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(sizes, initial=0))))
