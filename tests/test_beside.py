@@ -72,6 +72,8 @@ def test_products_read_the_arrays_where_they_are_then() -> None:
         for factor in node.args:
             source = factor.args[0] if factor.target is torch.ops.aten.permute.default else factor
             assert torch.Tag.pointwise not in getattr(source.target, "tags", ()), node
+    (wide,) = module.graph.find_nodes(op="call_function", target=NEW)
+    assert len(wide.users) == 3 + 1 + 1 + 1 + 1  # places, that of all, what is put, the product, the slice of all of it
 
 
 def test_what_others_read_of_a_product_does_not_keep_the_array_beside_it() -> None:

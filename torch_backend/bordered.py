@@ -35,6 +35,7 @@ class Bordered:
         """Move W, A and B in; the layers have views of the array from then on."""
         self.layers = list(layers)
         self.scales = [layer.scaling[ADAPTER] for layer in layers]
+        self.scale = self.scales[0] if len(set(self.scales)) == 1 else None  # that of all layers
         self.rows = _end_to_end([layer.out_features for layer in layers])
         self.columns = _end_to_end([layer.r[ADAPTER] for layer in layers])
         self.height, self.width = self.rows[-1].stop, layers[0].in_features
@@ -80,8 +81,8 @@ class Bordered:
 
     def scaled(self, low: torch.Tensor) -> torch.Tensor:
         """Multiply A x of all layers, (N, r), by their scales."""
-        if len(set(self.scales)) == 1:
-            return low * self.scales[0]
+        if self.scale is not None:
+            return low * self.scale
         parts = [low[:, column] * scale for column, scale in zip(self.columns, self.scales, strict=True)]
         return torch.cat([*parts, low[:, self.columns[-1].stop :]], dim=1)
 
@@ -134,8 +135,8 @@ def _side_by_side(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), by one product each."""
     gradient = _beside(gradients)
-    alike = len(set(bordered.scales)) == 1
-    of_lows = [(gradient @ bordered.ups()) * bordered.scales[0]] if alike else _of_lows(gradients, bordered)
+    scale = bordered.scale
+    of_lows = _of_lows(gradients, bordered) if scale is None else [(gradient @ bordered.ups()) * scale]
     wide = torch.cat([gradient, *of_lows], dim=1)
     return wide @ bordered.above() if of_x_too else None, wide[:, bordered.height :]
 

@@ -111,11 +111,13 @@ def compiled_error() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Compile `softmax_error` for any number of rows; for any vocabulary its kernel would take half as long again."""
     compiled = torch.compile(softmax_error)
 
-    def error_of(output: torch.Tensor, *of_rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def error_of(
+        output: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, after: AfterHead
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         torch._dynamo.mark_static(output, 1)
-        for array in (output, *of_rows[:2]):
+        for array in (output, targets, counted):
             torch._dynamo.maybe_mark_dynamic(array, 0)
-        return compiled(output, *of_rows)
+        return compiled(output, targets, counted, after)
 
     return error_of
 
