@@ -25,6 +25,13 @@ def count(module: torch.fx.GraphModule, target: object) -> int:
     return len(module.graph.find_nodes(op="call_function", target=target))
 
 
+def sources(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """List the arrays that products read, turned over or not."""
+    factors = [node.args[:2] for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)]
+    permute = torch.ops.aten.permute.default
+    return [factor.args[0] if factor.target is permute else factor for pair in factors for factor in pair]
+
+
 def twice(array: torch.Tensor) -> torch.Tensor:
     return array * 2.0 * array.sum()
 
@@ -68,10 +75,7 @@ def test_an_array_is_made_beside_its_product(function, products: int) -> None:
 
 def test_products_read_the_arrays_where_they_are_then() -> None:
     module = graph_of(of_three, *(torch.randn(shape) for shape in (X, DOWN, WIDE)))
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-        for factor in node.args:
-            source = factor.args[0] if factor.target is torch.ops.aten.permute.default else factor
-            assert torch.Tag.pointwise not in getattr(source.target, "tags", ()), node
+    assert not any(torch.Tag.pointwise in getattr(source.target, "tags", ()) for source in sources(module))
     (wide,) = module.graph.find_nodes(op="call_function", target=NEW)
     assert len(wide.users) == 3 + 1 + 1 + 1 + 1  # places, that of all, what is put, the product, the slice of all of it
 
@@ -80,6 +84,49 @@ def test_what_others_read_of_a_product_does_not_keep_the_array_beside_it() -> No
     arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
     _, low = graph_of(of_one, *arrays)(*arrays)
     assert low.untyped_storage().nbytes() == low.nbytes
+
+
+def test_arrays_that_are_in_memory_anyway_are_read_there() -> None:
+    def of_given(x: torch.Tensor, down: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = torch.cat([x, (x @ down) * 2.0], dim=1)
+        return wide @ weight, wide[:, 8:].permute(1, 0) @ x.sin(), x.permute(1, 0) @ weight[:6]
+
+    arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
+    module = graph_of(of_given, *arrays)
+    (wide,) = module.graph.find_nodes(op="call_function", target=NEW)
+    given = next(iter(module.graph.nodes))
+    assert sources(module).count(wide) == sources(module).count(given) == 1
+    assert [user.target for user in wide.users].count(torch.ops.aten.slice.Tensor) == 2  # the places of both
+    for found, expected in zip(module(*arrays), of_given(*arrays), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_made_of_the_product_reads_the_array_beside_it() -> None:
+    def gradients(x: torch.Tensor, down: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(2, 3, 8).sin()
+        flat = x.reshape(6, 8)
+        return (torch.cat([flat, flat @ down], dim=1) @ weight[:, :4] @ down.t()).reshape(2, 3, 8) + x
+
+    arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
+    module = graph_of(gradients, *arrays)
+    (made,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    (read,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
+    assert [user.target for user in made.users] == [torch.ops.aten.view.default]  # to be copied
+    assert [user.target for user in read.users] == [torch.ops.aten.add.Tensor]
+    torch.testing.assert_close(module(*arrays), gradients(*arrays))
+
+
+def test_heads_that_a_copy_lays_in_one_row_are_copied_once() -> None:
+    def rows(x: torch.Tensor, down: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        heads = x.reshape(2, 3, 2, 4).sin().transpose(1, 2)
+        row = heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).reshape(6, 8)
+        return torch.cat([row, row @ down], dim=1) @ weight
+
+    arrays = [torch.randn(shape) for shape in (X, DOWN, WIDE)]
+    module = graph_of(rows, *arrays)
+    module.graph.eliminate_dead_code()
+    assert count(module, torch.ops.aten.clone.default) == 0
+    torch.testing.assert_close(module(*arrays), rows(*arrays))
 
 
 def test_no_program_of_many_gives_other_numbers() -> None:

@@ -1,19 +1,21 @@
 """Let compiled graphs compute arrays and products right where they stand beside each other, as bordered.py has them.
 
 Of [x low] with low = s A x, inductor makes x for the product, makes low, multiplies it by s, and copies both. Here x is
-made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large. What is
-kept of low for the backward pass is a copy of its own, or [x low] would be kept for it.
+made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large. What else
+is read of the two is read elsewhere where that costs nothing: [x low] would be kept for it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from torch_backend.aligned import row_stride
-from torch_backend.in_place import library
+from torch_backend.in_place import VIEWS, library, origin
 
 aten = torch.ops.aten
 library.define("put_product_(Tensor(a!) wide, Tensor left, Tensor right, float scale, int start) -> ()")
@@ -86,27 +88,49 @@ def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
     if unfilled or any(order[whole] > order[first] for whole in wholes):
         return
     with graph.inserting_before(first):
-        alike = [*parts, first.args[0]][0]
-        shape, strides = [_rows(graph, alike), _width(node)], [row_stride(_width(node), alike.meta["val"].dtype), 1]
-        wide = _call(graph, aten.new_empty_strided.default, alike, shape, strides)
+        rows, like = _rows(graph, [*parts, first.args[0]][0]), first.args[1]
+        strides = [row_stride(_width(node), like.meta["val"].dtype), 1]
+        wide = _call(graph, aten.new_empty_strided.default, like, [rows, _width(node)], strides)
         places, start = _laid_out(graph, wide, wholes)
-    for whole, place in places.items():
-        for user in [each for each in whole.users if order.get(each, -1) >= order[first]]:
-            if _feeds_products(user):  # who else reads it may compute it for itself
-                user.replace_input_with(whole, place)
+    in_memory = bool(parts) and all(map(_is_in_memory, parts))
+    if not in_memory:
+        _read_there(graph, places, first, node)
+    cuts = [user for user in node.users if in_memory and len(products) == 1 and _cuts_off(user, start)]
     for each in products:
+        stop = start + _width(each.array)
         with graph.inserting_before(each.product):
-            graph.call_function(PUT_PRODUCT, (wide, *each.product.args, each.scale, start))
-            stop = start + _width(each.array)
-            if len(each.array.users) > 1:  # they get it by itself: what is wide need not be kept for them
-                apart = _call(graph, aten.clone.default, _columns(graph, wide, start, stop))
-                each.array.replace_all_uses_with(apart, lambda user: user is not node)
-            start = stop
+            if len(each.array.users) > 1 or cuts:  # others read it too
+                own = _call(graph, aten.new_empty.default, wide, [rows, stop - start])
+                graph.call_function(PUT_PRODUCT, (own, *each.product.args, each.scale, 0))
+                _call(graph, aten.copy_.default, _columns(graph, wide, start, stop), own)
+                for other in (each.array, *cuts):
+                    other.replace_all_uses_with(own, lambda user: user is not node)
+            else:
+                graph.call_function(PUT_PRODUCT, (wide, *each.product.args, each.scale, start))
+        start = stop
     node.replace_all_uses_with(wide)
-    replaced = [node, *places, *(each.array for each in products), *(each.product for each in products)]
+    replaced = [*cuts, node, *places, *(each.array for each in products), *(each.product for each in products)]
     for old in dict.fromkeys(replaced):
         if not old.users:
             graph.erase_node(old)
+
+
+def _read_there(graph: Graph, places: dict[Node, Node], first: Node, node: Node) -> None:
+    """Let those read arrays in their places for whom else they would be in memory twice.
+
+    Products read them there, from the first on. Other operations may compute them for themselves, but not those that
+    come after what is put together.
+    """
+    able, later = set(itertools.dropwhile(lambda each: each is not first, graph.nodes)), _made_of(graph, node)
+    for whole, place in places.items():
+        for user in [each for each in whole.users if each in able and _feeds_products(each)]:
+            user.replace_input_with(whole, place)
+        array = origin(whole)
+        for user in [each for each in array.users if each in later and each.target not in VIEWS]:
+            with graph.inserting_before(user):
+                shaped = _in_shape(graph, place, array)
+            if shaped:
+                user.replace_input_with(array, shaped)
 
 
 def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, Node], int]:
@@ -121,11 +145,37 @@ def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, 
         begin = start
         for array in _parts(whole):
             stop = start + _width(array)
-            places[array] = _call(graph, aten.copy_.default, _columns(graph, wide, start, stop), array)
+            places[array] = _copied(graph, wide, start, array)
             start = stop
         if whole not in places:
             places[whole] = _columns(graph, wide, begin, start)
     return places, start
+
+
+def _copied(graph: Graph, wide: Node, start: int, array: Node) -> Node:
+    """Copy an array into the columns of a wider one from `start` on; returns it as it is there.
+
+    What is a copy itself, made for its heads to lie in one row, is copied from what it was: inductor 2.11 makes both.
+    """
+    there = _columns(graph, wide, start, start + _width(array))
+    source = origin(array)
+    if source.target is aten.clone.default and (place := _in_shape(graph, there, source)):
+        _call(graph, aten.copy_.default, place, source.args[0])
+        return there
+    return _call(graph, aten.copy_.default, there, array)
+
+
+def _in_shape(graph: Graph, columns: Node, like: Node) -> Node | None:
+    """View columns of a wider array in the shape of another array, which has more axes; None where that can't be."""
+    value, shape = columns.meta["val"], like.meta["val"].shape
+    if not all(isinstance(size, int) for size in shape):
+        return None
+    width, row = value.shape[1], value.stride(0)
+    steps = [math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)]  # between numbers, were they alone
+    if width not in (*steps, math.prod(shape)):
+        return None  # some axis has parts of rows
+    strides = [step if step < width else step // width * row for step in steps]
+    return _call(graph, aten.as_strided.default, columns, list(shape), strides, value.storage_offset())
 
 
 def _parts(whole: Node) -> list[Node]:
@@ -152,6 +202,30 @@ def _rows(graph: Graph, array: Node) -> int | Node:
     node = graph.call_function(aten.sym_size.int, (array, 0))
     node.meta["val"] = rows
     return node
+
+
+def _made_of(graph: Graph, source: Node) -> set[Node]:
+    """Find what an array goes into, and what is made of that, to the end."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if source in node.all_input_nodes or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_in_memory(array: Node) -> bool:
+    """Tell whether an array is there whoever reads it: given to a graph, or one of an operation's several results."""
+    while (below := origin(array)).target is aten.permute.default:
+        array = below.args[0]
+    return not isinstance(below.target, torch._ops.OpOverload)
+
+
+def _cuts_off(user: Node, start: int) -> bool:
+    """Tell whether an array's reader takes its columns from `start` on."""
+    if user.target is not aten.slice.Tensor or len(user.args) != 4:
+        return False
+    array, *columns, stop = user.args
+    return columns == [1, start] and stop >= _width(array)
 
 
 def _feeds_products(user: Node) -> bool:

@@ -26,6 +26,13 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     total.addmm_(left, right)
 
 
+def origin(node: Node) -> Node:
+    """Return the array that a node is, or is a view of."""
+    while node.target in VIEWS:
+        node = node.args[0]
+    return node
+
+
 def add_in_place(graph: Graph) -> None:
     """Turn each sum with a product that is needed nowhere else into one that overwrites it, in a graph of ATen."""
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):

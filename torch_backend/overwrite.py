@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS
+from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS, origin
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ def _feeds_itself(graph: Graph, region: Region) -> bool:
         if not made.isdisjoint(node.all_input_nodes) or not region.operations.isdisjoint(node.all_input_nodes):
             made.add(node)
     sources = {source for node in region.operations for source in node.all_input_nodes} - region.operations
-    return any(source in made and _origin(source) not in region.products for source in sources)
+    return any(source in made and origin(source) not in region.products for source in sources)
 
 
 def _grown(readers: set[Node]) -> set[Node]:
@@ -100,7 +100,7 @@ def _to_wait(graph: Graph, operations: set[Node], results: set[Node], last: Node
     written: set[Node] = set()
     for node in graph.nodes:
         sources = node.all_input_nodes
-        waits = any(source in later or _origin(source) in written for source in sources)
+        waits = any(source in later or origin(source) in written for source in sources)
         if node in operations:
             if waits:
                 return None
@@ -108,7 +108,7 @@ def _to_wait(graph: Graph, operations: set[Node], results: set[Node], last: Node
             if _is_mutable(node) and _target_of(node) is None:
                 return None
             later.append(node)
-            read.update(_origin(source) for source in sources)
+            read.update(origin(source) for source in sources)
             written.update({_target_of(node)} - {None})
         if node is last:
             return later
@@ -146,16 +146,9 @@ def _readers(product: Node) -> Iterator[Node]:
                 yield user
 
 
-def _origin(node: Node) -> Node:
-    """Return the array that a node is, or is a view of."""
-    while node.target in VIEWS:
-        node = node.args[0]
-    return node
-
-
 def _target_of(node: Node) -> Node | None:
     """Return the array that one of our sums is made in."""
-    return _origin(node.args[0]) if node.target is ADD_IN_PLACE else None
+    return origin(node.args[0]) if node.target is ADD_IN_PLACE else None
 
 
 def _is_mutable(node: Node) -> bool:
