@@ -67,6 +67,21 @@ def test_loss_and_gradient_are_those_of_layers_by_themselves(family, lora, setti
     compare(ours, expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"quantization": {"load_in_4bit": True}}], ids=str)
+def test_room_beside_the_widest_gradient_changes_no_number(settings, border, llama):
+    border(True)
+    found = []
+    for room in (False, True):
+        engine = open_fresh("torch", llama, **settings)
+        alone = [layer.place.bordered for layer in bordered_layers(engine) if layer.place.bordered.alone]
+        assert any(len(bordered.layers) == 2 for bordered in alone)  # gate and up
+        for bordered in alone:
+            bordered.alone = len(bordered.layers) - room
+        found.append(gradient_of(engine, step()))
+    expected, ours = found
+    compare(ours, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture_computes_the_same(family, border, tmp_path):
     base, found = write_family(tmp_path, family), []

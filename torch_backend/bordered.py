@@ -24,15 +24,18 @@ from torch_backend.aligned import ALIGNED, new_rows
 from torch_backend.low_rank import ADAPTER
 
 # Outputs at most so many times as wide as the input have their gradients laid side by side. Of wider ones, gate and up,
-# the copies would be the largest arrays of a step; their products are added up in the gradient of x.
+# the copies would be the largest arrays of a step: their products are added up, the last one's with that of A x.
 WIDEST = 2
 
 
 class Bordered:
     """Hold the weights of layers that read one input: `array` (out + r, in + r), r being the ranks of all."""
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        """Move W, A and B in; the layers have views of the array from then on."""
+    def __init__(self, layers: Sequence[LoraLayer], room: bool = False) -> None:
+        """Move W, A and B in; the layers have views of the array from then on.
+
+        `room` says that a gradient as wide as an MLP is made with room beside it.
+        """
         self.layers = list(layers)
         self.scales = [layer.scaling[ADAPTER] for layer in layers]
         self.scale = self.scales[0] if len(set(self.scales)) == 1 else None  # that of all layers
@@ -40,7 +43,8 @@ class Bordered:
         self.columns = _end_to_end([layer.r[ADAPTER] for layer in layers])
         self.height, self.width = self.rows[-1].stop, layers[0].in_features
         self.padding = -self.columns[-1].stop % ALIGNED
-        self.joined = self.height <= WIDEST * self.width
+        # So many layers' gradients are multiplied by W alone; those of the others stand beside that of A x.
+        self.alone = 0 if self.height <= WIDEST * self.width else len(layers) - room
         self._place(self.columns[-1].stop + self.padding)
         for number, (layer, column) in enumerate(zip(layers, self.columns, strict=True)):
             layer.lora_A[ADAPTER].weight.data = self.down()[column]
@@ -63,9 +67,9 @@ class Bordered:
         """Give one layer's W, (out, in)."""
         return self.array[self.rows[number], : self.width]
 
-    def above(self) -> torch.Tensor:
-        """Give [W; A] of all layers, (out + r, in)."""
-        return self.array[:, : self.width]
+    def above(self, first: int) -> torch.Tensor:
+        """Give [W; A], W of the layers from one on and A of all, (out + r, in)."""
+        return self.array[[*self.rows, slice(self.height, None)][first].start :, : self.width]
 
     def down(self) -> torch.Tensor:
         """Give A of all layers, (r, in)."""
@@ -123,35 +127,30 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         bordered: Bordered = ctx.bordered
         x, low = ctx.saved_tensors
-        of_input = _side_by_side if bordered.joined else _added_up
-        of_x, of_low = of_input(gradients, bordered, ctx.needs_input_grad[0])
+        of_x, of_low = _of_input(gradients, bordered, ctx.needs_input_grad[0])
         of_down = of_low.t() @ x
         of_ups = [gradient.t() @ low[:, column] for gradient, column in zip(gradients, bordered.columns, strict=True)]
         return of_x, None, *(of_down[column] for column in bordered.columns), *of_ups
 
 
-def _side_by_side(
+def _of_input(
     gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of x (N, in), where it is asked for, and of A x (N, r), by one product each."""
-    gradient = _beside(gradients)
-    scale = bordered.scale
-    of_lows = _of_lows(gradients, bordered) if scale is None else [(gradient @ bordered.ups()) * scale]
-    wide = torch.cat([gradient, *of_lows], dim=1)
-    return wide @ bordered.above() if of_x_too else None, wide[:, bordered.height :]
-
-
-def _added_up(
-    gradients: Sequence[torch.Tensor], bordered: Bordered, of_x_too: bool
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return what `_side_by_side` does, by a product for each layer."""
-    of_low = _beside(_of_lows(gradients, bordered))
+    """Return the gradients of x (N, in), where it is asked for, and of A x (N, r)."""
+    alone, joined = gradients[: bordered.alone], gradients[bordered.alone :]
+    whole = [_beside(joined)] if joined else []
+    if bordered.scale is not None and not alone:
+        of_lows = [(whole[0] @ bordered.ups()) * bordered.scale]
+    else:
+        of_lows = _of_lows(gradients, bordered)
+    wide = _beside([*whole, *of_lows])
+    of_low = wide[:, sum(each.shape[1] for each in whole) :]
     if not of_x_too:
         return None, of_low
-    of_x = gradients[0] @ bordered.weight(0)
-    for number, gradient in enumerate(gradients[1:], start=1):
+    of_x = wide @ bordered.above(bordered.alone)
+    for number, gradient in enumerate(alone):
         of_x = torch.addmm(of_x, gradient, bordered.weight(number))
-    return torch.addmm(of_x, of_low, bordered.down()), of_low
+    return of_x, of_low
 
 
 def _of_lows(gradients: Sequence[torch.Tensor], bordered: Bordered) -> list[torch.Tensor]:

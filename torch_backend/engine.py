@@ -75,20 +75,21 @@ class TorchEngine:
         self._model.eval()
         borders = hardware.borders(self.dtype) and is_plain(self._model)
         triton = hardware.runs_triton and config.torch_compile is not False
-        placed = border_layers(self._base, DTYPES[self.dtype], triton) if borders else []
+        # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
+        # and takes them out again at each pass.
+        alike = (varlen or not config.packing) and not (lora and lora.target_parameters)
+        compiles = hardware.compiles(self.dtype) and alike if config.torch_compile is None else config.torch_compile
+        checkpointing, dropout = config.gradient_checkpointing, config.lora.lora_dropout > 0
+        room = compiles and not checkpointing  # with it, gradients are written over what is computed again
+        placed = border_layers(self._base, DTYPES[self.dtype], room, triton) if borders else []
         if device.type == "cuda":
             torch.cuda.empty_cache()  # each array is a little larger than the holes that its weights left
         self._adapter = Adapter(self._model, device, DTYPES[self.dtype], placed, triton)
         mask = trainable_entries(self._adapter.layout, config.lora)
         self._moments = Moments.zeros(self._adapter.layout.size, device)
-        # Where each example attends by itself, every batch would be compiled anew; and PEFT puts adapters of experts in
-        # and takes them out again at each pass.
-        alike = (varlen or not config.packing) and not (lora and lora.target_parameters)
-        compiles = hardware.compiles(self.dtype) and alike if config.torch_compile is None else config.torch_compile
         self._update = make_update(config, None if mask is None else torch.from_numpy(mask).to(device), compiles)
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
-        checkpointing, dropout = config.gradient_checkpointing, config.lora.lora_dropout > 0
         self._compiled = CompiledLayers(self._base, checkpointing, dropout) if compiles else None
         if checkpointing and not compiles:
             checkpoint_layers(self._base)

@@ -25,10 +25,10 @@ library.define(f"unpack_above(Tensor down, bool triton, {SEVERAL}) -> Tensor")
 class PackedBordered(Bordered):
     """Hold A and B of 4-bit layers that read one input, as `Bordered` does beside the weights."""
 
-    def __init__(self, layers: Sequence[LoraLayer], triton: bool = False) -> None:
+    def __init__(self, layers: Sequence[LoraLayer], room: bool = False, triton: bool = False) -> None:
         """Move A and B in; `triton` says that its kernels run here, else bitsandbytes' do."""
         self._triton = triton
-        super().__init__(layers)
+        super().__init__(layers, room)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Tell whether an input is one to multiply by this: bitsandbytes has kernels for the few rows of generation."""
@@ -43,9 +43,9 @@ class PackedBordered(Bordered):
         """Unpack one layer's W, (out, in)."""
         return self._above(self._down[:0], self.layers[number : number + 1])
 
-    def above(self) -> torch.Tensor:
-        """Unpack [W; A] of all layers, (out + r, in)."""
-        return self._above(self._down, self.layers)
+    def above(self, first: int) -> torch.Tensor:
+        """Unpack [W; A], W of the layers from one on and A of all, (out + r, in)."""
+        return self._above(self._down, self.layers[first:]) if first < len(self.layers) else self._down
 
     def down(self) -> torch.Tensor:
         """Give A of all layers, (r, in)."""

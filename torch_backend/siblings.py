@@ -39,15 +39,17 @@ class Place:
         return products(x, self.bordered)[0] if alone else None
 
 
-def border_layers(model: PreTrainedModel, dtype: torch.dtype, triton: bool = False) -> list[nn.Parameter]:
+def border_layers(
+    model: PreTrainedModel, dtype: torch.dtype, room: bool = False, triton: bool = False
+) -> list[nn.Parameter]:
     """Border the weights of a model's plain LoRA layers; returns their A and B, which are there from then on.
 
-    `triton` says that its kernels run here.
+    `room` says that a gradient as wide as an MLP is made with room beside it, `triton` that its kernels run here.
     """
     trained = []
     for layer in decoder_layers(model):
         for parent, children in _groups(layer, dtype):
-            bordered = _bordered(children, triton)
+            bordered = _bordered(children, room, triton)
             for child in children:
                 child.place = Place(bordered)
             if len(children) > 1:
@@ -56,12 +58,12 @@ def border_layers(model: PreTrainedModel, dtype: torch.dtype, triton: bool = Fal
     return trained
 
 
-def _bordered(layers: list[LoraLayer], triton: bool) -> Bordered:
+def _bordered(layers: list[LoraLayer], room: bool, triton: bool) -> Bordered:
     if type(layers[0].base_layer) is nn.Linear:
-        return Bordered(layers)
+        return Bordered(layers, room)
     from torch_backend.packed_border import PackedBordered  # bitsandbytes is not there on macOS
 
-    return PackedBordered(layers, triton)
+    return PackedBordered(layers, room, triton)
 
 
 def _groups(layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, list[LoraLayer]]]:
