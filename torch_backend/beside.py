@@ -126,7 +126,7 @@ def _read_there(graph: Graph, places: dict[Node, Node], first: Node, node: Node)
         for user in [each for each in whole.users if each in able and _feeds_products(each)]:
             user.replace_input_with(whole, place)
         array = origin(whole)
-        for user in [each for each in array.users if each in later and each.target not in VIEWS]:
+        for user in [each for each in array.users if each in later and each.target not in (*VIEWS, "output")]:
             with graph.inserting_before(user):
                 shaped = _in_shape(graph, place, array)
             if shaped:
