@@ -22,6 +22,8 @@ from torch_backend.low_rank import ADAPTER, plain_layers
 
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3.0, "k_proj": 5.0}}
 
+CHECKPOINTED = {"gradient_checkpointing": True}
+
 
 @pytest.fixture
 def border(monkeypatch: pytest.MonkeyPatch):
@@ -65,6 +67,15 @@ def test_loss_and_gradient_are_those_of_layers_by_themselves(family, lora, setti
         found.append(gradient_of(engine, step(settings.get("packing", False))))
     expected, ours = found
     compare(ours, expected)
+
+
+@pytest.mark.parametrize(("settings", "room"), [({}, True), (CHECKPOINTED, False), ({"torch_compile": False}, False)])
+def test_compiled_layers_make_the_widest_gradient_with_room_unless_they_are_computed_again(
+    settings, room, border, llama
+):
+    border(True)
+    engine = open_fresh("torch", llama, **{"torch_compile": True} | settings)
+    assert engine._base.model.layers[0].mlp.up_proj.place.bordered.alone == 2 - room
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization": {"load_in_4bit": True}}], ids=str)

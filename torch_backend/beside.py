@@ -1,21 +1,22 @@
 """Let compiled graphs compute arrays and products right where they stand beside each other, as bordered.py has them.
 
 Of [x low] with low = s A x, inductor makes x for the product, makes low, multiplies it by s, and copies both. Here x is
-made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large. What else
-is read of the two is read elsewhere where that costs nothing: [x low] would be kept for it.
+made with room beside it, the product reads it there and is written into the room by cuBLAS, s times as large. Who else
+reads x or low reads them there too, unless they are in memory anyway, as what a graph is given: [x low] would be kept
+for it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from torch_backend.aligned import row_stride
-from torch_backend.in_place import VIEWS, library, origin
+from torch_backend.in_place import is_elementwise, library, origin
 
 aten = torch.ops.aten
 library.define("put_product_(Tensor(a!) wide, Tensor left, Tensor right, float scale, int start) -> ()")
@@ -88,29 +89,20 @@ def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
     if unfilled or any(order[whole] > order[first] for whole in wholes):
         return
     with graph.inserting_before(first):
-        rows, like = _rows(graph, [*parts, first.args[0]][0]), first.args[1]
+        rows, like = _sizes(graph, [*parts, first.args[0]][0])[0], first.args[1]
         strides = [row_stride(_width(node), like.meta["val"].dtype), 1]
         wide = _call(graph, aten.new_empty_strided.default, like, [rows, _width(node)], strides)
         places, start = _laid_out(graph, wide, wholes)
-    in_memory = bool(parts) and all(map(_is_in_memory, parts))
-    if not in_memory:
-        _read_there(graph, places, first, node)
-    cuts = [user for user in node.users if in_memory and len(products) == 1 and _cuts_off(user, start)]
+    _read_there(graph, places, first, node)
+    cuts: list[Node] = []
+    if len(products) == 1 and parts and all(map(_is_in_memory, parts)):
+        cuts = [user for user in node.users if _cuts_off(user, start)]
     for each in products:
-        stop = start + _width(each.array)
-        with graph.inserting_before(each.product):
-            if len(each.array.users) > 1 or cuts:  # others read it too
-                own = _call(graph, aten.new_empty.default, wide, [rows, stop - start])
-                graph.call_function(PUT_PRODUCT, (own, *each.product.args, each.scale, 0))
-                _call(graph, aten.copy_.default, _columns(graph, wide, start, stop), own)
-                for other in (each.array, *cuts):
-                    other.replace_all_uses_with(own, lambda user: user is not node)
-            else:
-                graph.call_function(PUT_PRODUCT, (wide, *each.product.args, each.scale, start))
-        start = stop
+        _put(graph, wide, start, each, node, cuts)
+        start += _width(each.array)
     node.replace_all_uses_with(wide)
-    replaced = [*cuts, node, *places, *(each.array for each in products), *(each.product for each in products)]
-    for old in dict.fromkeys(replaced):
+    made = (old for each in products for old in (each.array, each.product))
+    for old in dict.fromkeys([node, *places, *made]):
         if not old.users:
             graph.erase_node(old)
 
@@ -118,19 +110,40 @@ def _rewrite(graph: Graph, node: Node, products: list[Product]) -> None:
 def _read_there(graph: Graph, places: dict[Node, Node], first: Node, node: Node) -> None:
     """Let those read arrays in their places for whom else they would be in memory twice.
 
-    Products read them there, from the first on. Other operations may compute them for themselves, but not those that
-    come after what is put together.
+    Products read them there, from the first on. Elementwise operations may compute them for themselves, but for those
+    that come after what is put together.
     """
     able, later = set(itertools.dropwhile(lambda each: each is not first, graph.nodes)), _made_of(graph, node)
     for whole, place in places.items():
+        if _is_in_memory(whole):
+            continue
         for user in [each for each in whole.users if each in able and _feeds_products(each)]:
             user.replace_input_with(whole, place)
         array = origin(whole)
-        for user in [each for each in array.users if each in later and each.target not in (*VIEWS, "output")]:
+        for user in [each for each in array.users if each in later and is_elementwise(each)]:
             with graph.inserting_before(user):
                 shaped = _in_shape(graph, place, array)
             if shaped:
                 user.replace_input_with(array, shaped)
+
+
+def _put(graph: Graph, wide: Node, start: int, each: Product, node: Node, cuts: list[Node]) -> None:
+    """Write a product into the columns of a wider array, or where others read it into one of its own that is copied.
+
+    `cuts` are what else takes it out of what was put together.
+    """
+    with graph.inserting_before(each.product):
+        if len(each.array.users) == 1 and not cuts:
+            graph.call_function(PUT_PRODUCT, (wide, *each.product.args, each.scale, start))
+            return
+        shape = [_sizes(graph, wide)[0], _width(each.array)]
+        own = _call(graph, aten.new_empty.default, wide, shape)
+        graph.call_function(PUT_PRODUCT, (own, *each.product.args, each.scale, 0))
+        _call(graph, aten.copy_.default, _columns(graph, wide, start, start + shape[1]), own)
+    each.array.replace_all_uses_with(own, lambda user: user is not node)
+    for cut in cuts:
+        cut.replace_all_uses_with(own)
+        graph.erase_node(cut)
 
 
 def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, Node], int]:
@@ -166,16 +179,12 @@ def _copied(graph: Graph, wide: Node, start: int, array: Node) -> Node:
 
 
 def _in_shape(graph: Graph, columns: Node, like: Node) -> Node | None:
-    """View columns of a wider array in the shape of another array, which has more axes; None where that can't be."""
-    value, shape = columns.meta["val"], like.meta["val"].shape
-    if not all(isinstance(size, int) for size in shape):
+    """View columns of a wider array in the shape of another array; None where some axis of that has parts of rows."""
+    shape, width = like.meta["val"].shape, _width(columns)
+    rows = itertools.accumulate(reversed(shape), lambda size, axis: size * axis)
+    if width not in itertools.takewhile(lambda size: isinstance(size, int), rows):
         return None
-    width, row = value.shape[1], value.stride(0)
-    steps = [math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)]  # between numbers, were they alone
-    if width not in (*steps, math.prod(shape)):
-        return None  # some axis has parts of rows
-    strides = [step if step < width else step // width * row for step in steps]
-    return _call(graph, aten.as_strided.default, columns, list(shape), strides, value.storage_offset())
+    return _call(graph, aten.view.default, columns, _sizes(graph, like))
 
 
 def _parts(whole: Node) -> list[Node]:
@@ -194,14 +203,15 @@ def _width(array: Node) -> int:
     return array.meta["val"].shape[1]
 
 
-def _rows(graph: Graph, array: Node) -> int | Node:
-    """Give the number of an array's rows, as what computes it where a graph is for any number."""
-    rows = array.meta["val"].shape[0]
-    if isinstance(rows, int):
-        return rows
-    node = graph.call_function(aten.sym_size.int, (array, 0))
-    node.meta["val"] = rows
-    return node
+def _sizes(graph: Graph, array: Node) -> list[int | Node]:
+    """Give an array's shape, of sizes that a graph is for any of as what computes them."""
+    sizes: list[int | Node] = []
+    for axis, size in enumerate(array.meta["val"].shape):
+        if not isinstance(size, int):
+            size, value = graph.call_function(aten.sym_size.int, (array, axis)), size
+            size.meta["val"] = value
+        sizes.append(size)
+    return sizes
 
 
 def _made_of(graph: Graph, source: Node) -> set[Node]:
@@ -214,18 +224,23 @@ def _made_of(graph: Graph, source: Node) -> set[Node]:
 
 
 def _is_in_memory(array: Node) -> bool:
-    """Tell whether an array is there whoever reads it: given to a graph, or one of an operation's several results."""
-    while (below := origin(array)).target is aten.permute.default:
-        array = below.args[0]
-    return not isinstance(below.target, torch._ops.OpOverload)
+    """Tell whether an array is there whoever reads it: a graph's input or output, or one of a kernel's several results.
+
+    What split gives are several results too, but views.
+    """
+    while (source := origin(array)).target is aten.permute.default:
+        array = source.args[0]
+    if source.target is operator.getitem:
+        return not any(result.alias_info for result in source.args[0].target._schema.returns)
+    return source.op == "placeholder" or any(user.op == "output" for user in source.users)
 
 
 def _cuts_off(user: Node, start: int) -> bool:
-    """Tell whether an array's reader takes its columns from `start` on."""
+    """Tell whether an array's reader takes its columns from `start` to the end."""
     if user.target is not aten.slice.Tensor or len(user.args) != 4:
         return False
     array, *columns, stop = user.args
-    return columns == [1, start] and stop >= _width(array)
+    return columns == [1, start] and isinstance(stop, int) and stop >= _width(array)
 
 
 def _feeds_products(user: Node) -> bool:

@@ -69,7 +69,8 @@ class Bordered:
 
     def above(self, first: int) -> torch.Tensor:
         """Give [W; A], W of the layers from one on and A of all, (out + r, in)."""
-        return self.array[[*self.rows, slice(self.height, None)][first].start :, : self.width]
+        start = self.rows[first].start if first < len(self.rows) else self.height
+        return self.array[start:, : self.width]
 
     def down(self) -> torch.Tensor:
         """Give A of all layers, (r, in)."""

@@ -33,6 +33,13 @@ def origin(node: Node) -> Node:
     return node
 
 
+def is_elementwise(node: Node) -> bool:
+    """Tell whether an operation computes each number from those at its place: inductor makes one kernel of several."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or node.target is torch.ops.prims.convert_element_type.default
+
+
 def add_in_place(graph: Graph) -> None:
     """Turn each sum with a product that is needed nowhere else into one that overwrites it, in a graph of ATen."""
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS, origin
+from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS, is_elementwise, origin
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def _regions(graph: Graph) -> list[Region]:
         if product.target not in PRODUCTS:
             continue
         readers = set(_readers(product))
-        operations = _grown(readers) if all(map(_is_elementwise, readers)) else set()
+        operations = _grown(readers) if all(map(is_elementwise, readers)) else set()
         if not readers or not readers <= operations or not _as_read(product, next(iter(operations))):
             continue  # others read it, or it is spread over a larger array
         found = Region([product], operations)
@@ -84,7 +84,7 @@ def _grown(readers: set[Node]) -> set[Node]:
     waiting = list(readers)
     while waiting:
         node = waiting.pop()
-        if node not in operations and _is_elementwise(node) and _shape(node) == _shape(next(iter(readers))):
+        if node not in operations and is_elementwise(node) and _shape(node) == _shape(next(iter(readers))):
             operations.add(node)
             waiting.extend(node.users)
     return operations
@@ -153,12 +153,6 @@ def _target_of(node: Node) -> Node | None:
 
 def _is_mutable(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _is_elementwise(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in node.target.tags or node.target is torch.ops.prims.convert_element_type.default
 
 
 def _shape(node: Node) -> torch.Size:
