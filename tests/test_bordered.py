@@ -22,8 +22,6 @@ from torch_backend.low_rank import ADAPTER, plain_layers
 
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3.0, "k_proj": 5.0}}
 
-CHECKPOINTED = {"gradient_checkpointing": True}
-
 
 @pytest.fixture
 def border(monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +67,9 @@ def test_loss_and_gradient_are_those_of_layers_by_themselves(family, lora, setti
     compare(ours, expected)
 
 
-@pytest.mark.parametrize(("settings", "room"), [({}, True), (CHECKPOINTED, False), ({"torch_compile": False}, False)])
+@pytest.mark.parametrize(
+    ("settings", "room"), [({}, True), ({"gradient_checkpointing": True}, False), ({"torch_compile": False}, False)]
+)
 def test_compiled_layers_make_the_widest_gradient_with_room_unless_they_are_computed_again(
     settings, room, border, llama
 ):

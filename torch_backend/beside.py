@@ -16,7 +16,8 @@ import torch
 from torch.fx import Graph, Node
 
 from torch_backend.aligned import row_stride
-from torch_backend.in_place import is_elementwise, library, origin
+from torch_backend.in_place import library
+from torch_backend.nodes import is_elementwise, made_of, origin
 
 aten = torch.ops.aten
 library.define("put_product_(Tensor(a!) wide, Tensor left, Tensor right, float scale, int start) -> ()")
@@ -113,7 +114,7 @@ def _read_there(graph: Graph, places: dict[Node, Node], first: Node, node: Node)
     Products read them there, from the first on. Elementwise operations may compute them for themselves, but for those
     that come after what is put together.
     """
-    able, later = set(itertools.dropwhile(lambda each: each is not first, graph.nodes)), _made_of(graph, node)
+    able, later = set(itertools.dropwhile(lambda each: each is not first, graph.nodes)), made_of(graph, {node})
     for whole, place in places.items():
         if _is_in_memory(whole):
             continue
@@ -157,9 +158,8 @@ def _laid_out(graph: Graph, wide: Node, wholes: list[Node]) -> tuple[dict[Node, 
     for whole in wholes:
         begin = start
         for array in _parts(whole):
-            stop = start + _width(array)
             places[array] = _copied(graph, wide, start, array)
-            start = stop
+            start += _width(array)
         if whole not in places:
             places[whole] = _columns(graph, wide, begin, start)
     return places, start
@@ -212,15 +212,6 @@ def _sizes(graph: Graph, array: Node) -> list[int | Node]:
             size.meta["val"] = value
         sizes.append(size)
     return sizes
-
-
-def _made_of(graph: Graph, source: Node) -> set[Node]:
-    """Find what an array goes into, and what is made of that, to the end."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if source in node.all_input_nodes or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_in_memory(array: Node) -> bool:

@@ -24,7 +24,7 @@ from torch_backend.aligned import ALIGNED, new_rows
 from torch_backend.low_rank import ADAPTER
 
 # Outputs at most so many times as wide as the input have their gradients laid side by side. Of wider ones, gate and up,
-# the copies would be the largest arrays of a step: their products are added up, the last one's with that of A x.
+# the copies would be the largest arrays of a step: their products are added up, with room the last one's holds A's.
 WIDEST = 2
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from torch_backend.nodes import VIEWS
+
 # What overwrites returns nothing: a returned sum would keep its memory until the graph's end, as aten.addmm_ does.
 library = torch.library.Library("twintune", "DEF")
 library.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 PRODUCTS = [aten.mm.default, aten.addmm.default]  # sum_of_products.py and four_bit.py add theirs
 ADD_IN_PLACE = torch.ops.twintune.add_product_.default
 
@@ -24,20 +25,6 @@ ADD_IN_PLACE = torch.ops.twintune.add_product_.default
 def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add the product of (N, K) and (K, D) to a sum (N, D)."""
     total.addmm_(left, right)
-
-
-def origin(node: Node) -> Node:
-    """Return the array that a node is, or is a view of."""
-    while node.target in VIEWS:
-        node = node.args[0]
-    return node
-
-
-def is_elementwise(node: Node) -> bool:
-    """Tell whether an operation computes each number from those at its place: inductor makes one kernel of several."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in node.target.tags or node.target is torch.ops.prims.convert_element_type.default
 
 
 def add_in_place(graph: Graph) -> None:

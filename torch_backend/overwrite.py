@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS, VIEWS, is_elementwise, origin
+from torch_backend.in_place import ADD_IN_PLACE, PRODUCTS
+from torch_backend.nodes import VIEWS, is_elementwise, made_of, origin
 
 aten = torch.ops.aten
 
@@ -70,10 +71,7 @@ def _regions(graph: Graph) -> list[Region]:
 
 def _feeds_itself(graph: Graph, region: Region) -> bool:
     """Tell whether a region needs more than one kernel: it reads what is made of it otherwise than by a product."""
-    made: set[Node] = set()
-    for node in graph.nodes:
-        if not made.isdisjoint(node.all_input_nodes) or not region.operations.isdisjoint(node.all_input_nodes):
-            made.add(node)
+    made = made_of(graph, region.operations)
     sources = {source for node in region.operations for source in node.all_input_nodes} - region.operations
     return any(source in made and origin(source) not in region.products for source in sources)
 
