@@ -32,9 +32,9 @@ def candidates(config: Mapping[str, Any]) -> list[AfterHead]:
     return [*capped, *scaled, *divided, AfterHead()]
 
 
-def chunk_rows(vocabulary: int, chunk_bytes: int) -> int:
-    """Return how many rows of float32 logits fill a chunk, in whole tiles where it holds as many."""
-    rows = max(1, chunk_bytes // (4 * vocabulary))
+def chunk_rows(vocabulary: int, chunk_bytes: int, bytes_each: int = 4) -> int:
+    """Return how many rows of logits fill a chunk, in whole tiles where it holds as many."""
+    rows = max(1, chunk_bytes // (bytes_each * vocabulary))
     return rows - rows % TILE if rows > TILE else rows
 
 

@@ -18,6 +18,9 @@ from patience import PATIENCE
 # Before numpy and torch read it: beside other workers each keeps to one thread, as theirs would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports Triton, where that is installed: without a card it is to interpret its kernels.
+if os.environ.get("TWINTUNE_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from common.base.weights import rope_in_both_forms
 from common.cpus import available_cpus

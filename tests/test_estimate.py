@@ -124,8 +124,8 @@ def test_packed_rows_keep_no_scores_on_mlx_and_pass_some_of_a_band():
     assert found.passing == 5.5 * 4 * 24 * 4 * 2048 * 256  # arrays of 256 float32 scores for each head and query
 
 
-# The quickstart in `twintune train` on two CPU cores, peak of the process, 2026-11-24.
-@pytest.mark.parametrize(("engine", "peak"), [("torch", 1.868), ("mlx", 1.527)])
+# The quickstart in `twintune train` on two CPU cores, peak of the process, 2026-11-24 and 29.
+@pytest.mark.parametrize(("engine", "peak"), [("torch", 1.833), ("mlx", 1.527)])
 def test_estimates_are_near_what_was_measured_on_a_cpu(engine, peak):
     config = TrainConfig(packing=True, prefix_sharing=True, max_seq_length=192, per_device_train_batch_size=1)
     work = Workload(longest=96, supervised_share=0.569, seen=1.41).work(config)
@@ -358,7 +358,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_makes_it_fit(llama, monkeypa
     config = TrainConfig(lora=LoraConfig(r=4), max_seq_length=256, per_device_train_batch_size=64)
     monkeypatch.setattr(guard, "device_memory", lambda *_: DeviceMemory("cuda", "a small card", 120_000_000))
     with pytest.raises(
-        MachineError, match="per_device_train_batch_size: 16, gradient_accumulation_steps: 4  # then"
+        MachineError, match="per_device_train_batch_size: 32, gradient_accumulation_steps: 2  # then"
     ) as error:
         refuse_hopeless(config, "torch", str(llama), Workload())
     assert error.value.exit_code == 3 and "a small card" in str(error.value) and "--force" in str(error.value)

@@ -89,7 +89,7 @@ class TorchEngine:
         self._moments = Moments.zeros(self._adapter.layout.size, device)
         self._update = make_update(config, None if mask is None else torch.from_numpy(mask).to(device), compiles)
         head = find_head(self._base, self._selection)
-        self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, compiles)
+        self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, triton)
         self._compiled = CompiledLayers(self._base, checkpointing, dropout) if compiles else None
         if checkpointing and not compiles:
             checkpoint_layers(self._base)

@@ -16,8 +16,8 @@ from common.logits import chunk_rows
 from common.segments import bound
 
 CHUNK_BYTES = {"torch": 2**28, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
-# Of one chunk in torch_backend/loss.py's softmax_error without a compiler: values, softmax, target, their difference.
-EAGER_HEAD_ARRAYS = 4.25
+# Of all rows where a trained head takes torch's plain way: logits, their logarithms, and the gradients of both.
+TRAINED_HEAD_ARRAYS = 4.25
 # The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
 MLX_HEAD_ARRAYS = 4
 # Of attention's backward where it has no kernel, beside the probabilities; 2.7 to 5 were measured for MLX on a CPU.
@@ -182,14 +182,16 @@ def _band_width(longest: int) -> int:
 
 def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count the head's arrays, of a chunk of rows where it is frozen, and its input with the gradient."""
-    chunk = chunk_rows(shape.vocabulary, CHUNK_BYTES[how.engine])
     inputs = 2 * work.supervised * shape.hidden * how.bytes_each
     if how.engine == "mlx":
+        chunk = chunk_rows(shape.vocabulary, CHUNK_BYTES["mlx"])
         return 4 * shape.vocabulary * _mlx_logit_rows(work, how, chunk) + inputs
-    rows = work.supervised if how.trained_head else min(work.supervised, chunk)
-    each = how.bytes_each + 4 * EAGER_HEAD_ARRAYS
-    if how.compiled and not how.trained_head:
-        each = 2 * how.bytes_each
+    if how.trained_head:
+        return work.supervised * shape.vocabulary * (how.bytes_each + 4 * TRAINED_HEAD_ARRAYS) + inputs
+    rows = min(work.supervised, chunk_rows(shape.vocabulary, CHUNK_BYTES["torch"], how.bytes_each))
+    each = how.bytes_each
+    if how.device_type != "cuda" or not how.compiled:  # else one kernel does it all where the logits are
+        each += 4 + (4 if how.bytes_each < 4 else 0)  # their exponentials, and they themselves in float32
     return rows * shape.vocabulary * each + inputs
 
 
