@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from torch_backend.graph_pass import ReuseMemory
+from torch_backend.whole_rows import WholeRows
 
 # Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
 # SwiGLU's, but no matmul: 22.9 GB instead of 30.0 for a 3B, 4 x 2048, at the same speed (H200, measured).
@@ -56,6 +57,7 @@ class CompiledLayers:
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
+        inductor_config.inductor_choices_class = WholeRows
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}
         if checkpointing and not leaves_out:
