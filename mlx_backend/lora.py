@@ -23,7 +23,7 @@ from common.lora import (
     saved_key,
 )
 from mlx_backend.frozen import FourBitLinear, add_matmul
-from mlx_backend.low_rank import project_down, project_up
+from mlx_backend.low_rank import as_rows, project_down, project_up
 from mlx_backend.origin import Origin
 from mlx_backend.products import ChosenLinear
 
@@ -46,18 +46,20 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        return add_product(self._raised(self._low(x)), self.linear, x)
+        out = add_product(self._raised(self._low(x)), self.linear, as_rows(x))
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _low(self, x: mx.array) -> mx.array:
-        """Compute A dropout(x), where nobody has given it."""
+        """Compute A dropout(x), where nobody has given it: (N, r)."""
         if self._given is not None and self._given[0] is x:
             return self._given[1]
+        rows = as_rows(x)
         if self._origin is None or not self._origin.followed:
-            return self._dropped(x, self._dropout_key) @ self.lora_a.astype(x.dtype).T
-        return project_down(x, *self._origin.of(x), [self.lora_a], self._dropped, self._dropout_key)[0]
+            return self._dropped(rows, self._dropout_key) @ self.lora_a.astype(x.dtype).T
+        return project_down(rows, *self._origin.of(x), [self.lora_a], self._dropped, self._dropout_key)[0]
 
     def _raised(self, low: mx.array) -> mx.array:
-        """Compute scale * B low."""
+        """Compute scale * B low: (N, out)."""
         if self._origin is None or not self._origin.followed:
             return low @ (self._scale * self.lora_b).astype(low.dtype).T
         return project_up(low, self.lora_b, self._scale)
@@ -88,7 +90,9 @@ class DoRALinear(LoRALinear):
         plain, key = self.linear(x), self._dropout_key
         straight = self._straight(plain if key is None else self.linear(self._dropped(x, key)))
         factor = self.lora_magnitude / mx.stop_gradient(self._norms())
-        return plain + ((factor - 1) * straight + factor * self._raised(self._low(x))).astype(plain.dtype)
+        return plain + ((factor - 1) * straight + factor * self._raised(self._low(x)).reshape(plain.shape)).astype(
+            plain.dtype
+        )
 
     def _straight(self, output: mx.array) -> mx.array:
         return output - self.linear.bias if "bias" in self.linear else output

@@ -22,7 +22,7 @@ Drop = Callable[[mx.array, mx.array | None], mx.array]
 def project_down(
     x: mx.array, source: mx.array, compute: Compute, weights: Sequence[mx.array], drop: Drop, key: mx.array | None
 ) -> Sequence[mx.array]:
-    """Return drop(x, key) A^T (..., r) of each A (r, in), in the dtype of x = compute(source) (..., in)."""
+    """Return drop(x, key) A^T (N, r) of each A (r, in), in the dtype of x (N, in), the rows of compute(source)."""
     dtype, ends = x.dtype, list(itertools.accumulate(len(a) for a in weights))[:-1]
 
     def product(x: mx.array, source: mx.array, a: mx.array, key: mx.array | None = None) -> list[mx.array]:
@@ -33,7 +33,7 @@ def project_down(
         of_low = mx.concatenate(of_lows, axis=-1)
         source, *keys = mx.depends([source, *keys], [of_low])
         key = keys[0] if keys else None
-        of_a = (_rows(of_low).T @ _rows(drop(compute(source), key))).astype(a.dtype)
+        of_a = (of_low.T @ drop(as_rows(compute(source)), key)).astype(a.dtype)
         (of_x,) = mx.depends([drop(of_low @ a.astype(dtype), key)], [of_a])
         return of_x, mx.zeros_like(source), of_a, *map(mx.zeros_like, keys)
 
@@ -42,7 +42,7 @@ def project_down(
 
 
 def project_up(low: mx.array, b: mx.array, scale: float) -> mx.array:
-    """Return scale * low B^T (..., out) for low (..., r) and B (out, r)."""
+    """Return scale * low B^T (N, out) for low (N, r) and B (out, r)."""
     dtype = low.dtype
 
     def product(low: mx.array, b: mx.array) -> mx.array:
@@ -50,12 +50,13 @@ def project_up(low: mx.array, b: mx.array, scale: float) -> mx.array:
 
     def gradient(primals: Sequence[mx.array], out: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         low, b = primals
-        of_b = scale * (_rows(out).T @ _rows(low)).astype(b.dtype)
+        of_b = scale * (out.T @ low).astype(b.dtype)
         (of_low,) = mx.depends([out @ (scale * b).astype(dtype)], [of_b])
         return of_low, of_b
 
     return custom_gradient(product, gradient)(low, b)
 
 
-def _rows(x: mx.array) -> mx.array:
+def as_rows(x: mx.array) -> mx.array:
+    """View (..., D) as (N, D): MLX's products of more axes are several operations each, and so are their gradients."""
     return x.reshape(-1, x.shape[-1])

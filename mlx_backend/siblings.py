@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from common.lora import READ_THE_INPUT
 from mlx_backend.lora import LoRALinear
-from mlx_backend.low_rank import project_down
+from mlx_backend.low_rank import as_rows, project_down
 from mlx_backend.origin import Origin
 from mlx_backend.tree import specialise
 
@@ -32,7 +32,7 @@ def stack_siblings(module: nn.Module, origin: Origin) -> None:
     def stacked(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         if origin.followed:
             weights = [adapter.lora_a for adapter in adapters]
-            lows = project_down(x, *origin.of(x), weights, lambda x, _: x, None)
+            lows = project_down(as_rows(x), *origin.of(x), weights, lambda x, _: x, None)
             for adapter, low in zip(adapters, lows, strict=True):
                 adapter._given = x, low
         out = original(self, x, *args, **kwargs)
