@@ -9,30 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engines import DEVICE, make_batches, open_fresh
-from tiny_models import write_family, write_llama
+from tiny_models import write_llama
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import torch_backend.loss
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import Engine, StepBatch
 from common.errors import UserError
 from common.layout import make_micro_batch
-from common.logits import AfterHead
 from common.sampling import Sampling
 from torch_backend.checkpointing import Offloading, is_hidden_state
-from torch_backend.head import Head, find_head
-from torch_backend.loss import LinearCrossEntropy, softmax_error_
 from torch_backend.step import Moments, make_update
 
 needs_card = pytest.mark.skipif(DEVICE == "cpu", reason="on a card alone: TWINTUNE_TEST_DEVICE=gpu")
@@ -246,47 +240,3 @@ def test_offloading_without_a_card_is_refused(llama: Path) -> None:
 def test_mlx_refuses_what_only_torch_does(name: str, llama: Path) -> None:
     with pytest.raises(UserError, match=f"{name}: true: .*; delete it"):
         open_fresh("mlx", llama, gradient_checkpointing=True, **{name: True})
-
-
-@pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize(("factor", "soft_cap"), [(1.0, None), (0.125, None), (1.0, 5.0)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_chunked_loss_and_its_gradient_are_torchs_own(
-    rows: int, factor: float, soft_cap: float | None, with_bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = torch.Generator().manual_seed(0)
-    weight, hidden = torch.randn(301, 24, generator=rng), torch.randn(17, 24, generator=rng).requires_grad_()
-    targets, counted = torch.randint(0, 301, (17,), generator=rng), torch.arange(17).remainder(3).clamp(max=1).float()
-    head = Head(weight, torch.randn(301, generator=rng) if with_bias else None, AfterHead(factor, soft_cap))
-    expected = (F.cross_entropy(head(hidden), targets, reduction="none") * counted).sum()
-    (gradient,) = torch.autograd.grad(2 * expected, hidden)
-    monkeypatch.setattr(torch_backend.loss, "CHUNK_BYTES", 4 * 301 * rows)
-    found = LinearCrossEntropy.apply(hidden, head, targets, counted, softmax_error_)
-    (ours,) = torch.autograd.grad(2 * found, hidden)
-    torch.testing.assert_close(found, expected)  # float32 rounding, torch's own bound
-    torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "expected"),
-    [
-        ("llama", {}, (1.0, None)),
-        ("gemma2", {"final_logit_softcapping": 3.0}, (1.0, 3.0)),
-        ("granite", {"logits_scaling": 4.0}, (0.25, None)),
-    ],
-)
-def test_what_follows_the_head_is_found_by_measuring(
-    family: str, settings: dict, expected: tuple, tmp_path: Path
-) -> None:
-    engine = open_fresh("torch", write_family(tmp_path, family, **settings))
-    head = find_head(engine._base, engine._selection)
-    assert (head.after.factor, head.after.soft_cap) == expected
-
-
-def test_a_head_that_is_trained_or_does_something_unknown_takes_the_plain_way(llama: Path) -> None:
-    trained = open_fresh("torch", llama, LoraConfig(target_modules=["q_proj", "lm_head"]))
-    assert find_head(trained._base, trained._selection) is None
-    engine = open_fresh("torch", llama)
-    engine._base.lm_head.register_forward_hook(lambda _, __, logits: logits * 3)
-    assert find_head(engine._base, engine._selection) is None
-    assert np.isfinite(curve(llama, LoraConfig(target_modules=["q_proj", "lm_head"]))).all()

@@ -1,4 +1,4 @@
-"""The Triton kernels: bitsandbytes' numbers, torch's losses, copies as they were, and nothing written between rows.
+"""The Triton kernels: bitsandbytes' numbers, the formula's losses, copies as they were, and gaps that stay.
 
 Without a card Triton interprets them (tests/conftest.py), where it is installed.
 """
@@ -8,11 +8,11 @@ import pytest
 import torch
 from engines import TORCH_DEVICE
 from packed_layers import four_bit_layer
+from plain_loss import compare_with_plain
 
 pytest.importorskip("triton")
 
 from common.logits import AfterHead
-from torch_backend import loss
 from torch_backend.copy_kernel import Copies
 from torch_backend.loss_kernel import softmax_error_
 from torch_backend.unpack_kernel import unpack_into
@@ -41,20 +41,10 @@ def test_parts_of_a_flat_array_are_copied_to_their_places_alone() -> None:
     assert wide[30:, :60].abs().sum() == wide[:30, 60:].abs().sum() == wide[:, 67:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("vocabulary", [2, 301, 16384, 40_001])
-@pytest.mark.parametrize("after", [AfterHead(), AfterHead(factor=0.125), AfterHead(soft_cap=5.0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_their_derivative_are_torchs(vocabulary: int, after: AfterHead, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    wide = (9 * torch.randn(7, vocabulary + 24, device=TORCH_DEVICE)).to(dtype)
-    wide[0, :] = -30_000.0  # the largest of no row is 0
-    output, before = wide[:, :vocabulary], wide.clone()
-    targets = torch.randint(0, vocabulary, (7,), device=TORCH_DEVICE)
-    counted = torch.tensor([1.0, 0, 0.5, 1, 1, 2, 1], device=TORCH_DEVICE)
-    expected_error = output.clone()
-    expected = loss.softmax_error_(expected_error, targets, counted, after)
-    found = softmax_error_(output, targets, counted, after)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert (found[1] == 0) and (output[1] == 0).all()
-    torch.testing.assert_close(output, expected_error, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
-    assert (wide[:, vocabulary:] == before[:, vocabulary:]).all()
+@pytest.mark.parametrize("vocabulary", [1, 2, 301, 16384, 16385, 40_001])
+@pytest.mark.parametrize("after", [AfterHead(), AfterHead(0.125), AfterHead(soft_cap=5.0), AfterHead(2, 30)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_and_their_derivative_are_those_of_the_formula(
+    vocabulary: int, after: AfterHead, dtype: torch.dtype
+) -> None:
+    compare_with_plain(softmax_error_, dtype, vocabulary, after, TORCH_DEVICE)

@@ -57,7 +57,7 @@ class CompiledLayers:
         functorch_config.autograd_cache_allow_custom_autograd_functions = True
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
-        inductor_config.inductor_choices_class = WholeRows
+        inductor_config.inductor_choices_class = WholeRows  # asked for once, when a thread first compiles
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}
         if checkpointing and not leaves_out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from torch_backend import aligned, beside, in_place, nodes, overwrite
+from torch_backend import aligned, beside, in_place, nodes, overwrite, whole_rows
 
 
 class ReuseMemory(CustomGraphPass):
@@ -19,5 +19,5 @@ class ReuseMemory(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Tell graphs that were stored with this pass from others."""
-        files = (module.__file__ for module in (aligned, beside, in_place, nodes, overwrite))
+        files = (module.__file__ for module in (aligned, beside, in_place, nodes, overwrite, whole_rows))
         return get_hash_for_files((__file__, *files))

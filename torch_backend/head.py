@@ -45,13 +45,15 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute logits (N, V) as float32 for hidden states (N, D)."""
-        return finished(nn.functional.linear(hidden, self.weight, self.bias), self.after)
+        return finished_(nn.functional.linear(hidden, self.weight, self.bias), self.after)
 
 
-def finished(output: torch.Tensor, after: AfterHead) -> torch.Tensor:
-    """Turn what a head gives into float32 logits."""
-    logits = output.float() if after.factor == 1 else output.float() * after.factor
-    return logits if after.soft_cap is None else after.soft_cap * torch.tanh(logits / after.soft_cap)
+def finished_(output: torch.Tensor, after: AfterHead) -> torch.Tensor:
+    """Turn what a head gives into float32 logits, which overwrite it where it is in float32 itself."""
+    logits = output.float()
+    if after.factor != 1:
+        logits.mul_(after.factor)
+    return logits if after.soft_cap is None else logits.div_(after.soft_cap).tanh_().mul_(after.soft_cap)
 
 
 def select_at_head(model: PreTrainedModel) -> HeadSelection:

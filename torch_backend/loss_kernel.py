@@ -39,7 +39,8 @@ def _softmax_error(
         values = _values(tl.load(numbers + column, mask=column < VOCABULARY, other=0), factor, soft_cap, CAPPED)
         values = tl.where(column < VOCABULARY, values, float("-inf"))
         larger = tl.maximum(largest, tl.max(values))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger))
+        above = tl.where(larger == float("-inf"), 0.0, larger)  # or what is left out by all so far would be nan
+        total = total * tl.exp(largest - above) + tl.sum(tl.exp(values - above))
         largest = larger
     log_total = largest + tl.log(total)
     tl.store(losses + row, (log_total - of_target) * weight)
@@ -56,7 +57,7 @@ def _softmax_error(
 def softmax_error_(
     output: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, after: AfterHead
 ) -> torch.Tensor:
-    """Overwrite a head's output (N, V) with the loss' derivative by it, and return the loss of each row (N,)."""
+    """Do what the function of this name in torch_backend/loss.py does; rows alone may have gaps between them."""
     losses = torch.empty(len(output), device=output.device)
     _softmax_error[(len(output),)](
         output, output.stride(0), targets, counted, losses, after.factor, after.soft_cap or 1.0,

@@ -15,9 +15,9 @@ from common.estimate.shape import ModelShape
 from common.logits import chunk_rows
 from common.segments import bound
 
-CHUNK_BYTES = {"torch": 2**28, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
-# Of all rows where a trained head takes torch's plain way: logits, their logarithms, and the gradients of both.
-TRAINED_HEAD_ARRAYS = 4.25
+CHUNK_BYTES = {"torch": 3 * 2**26, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
+# Bytes a logit of all rows where a trained head takes torch's plain way, in any dtype: measured on a CPU.
+TRAINED_HEAD_BYTES = 12
 # The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
 MLX_HEAD_ARRAYS = 4
 # Of attention's backward where it has no kernel, beside the probabilities; 2.7 to 5 were measured for MLX on a CPU.
@@ -187,11 +187,11 @@ def _logits(shape: ModelShape, work: Work, how: Setting) -> float:
         chunk = chunk_rows(shape.vocabulary, CHUNK_BYTES["mlx"])
         return 4 * shape.vocabulary * _mlx_logit_rows(work, how, chunk) + inputs
     if how.trained_head:
-        return work.supervised * shape.vocabulary * (how.bytes_each + 4 * TRAINED_HEAD_ARRAYS) + inputs
+        return work.supervised * shape.vocabulary * TRAINED_HEAD_BYTES + inputs
     rows = min(work.supervised, chunk_rows(shape.vocabulary, CHUNK_BYTES["torch"], how.bytes_each))
     each = how.bytes_each
     if how.device_type != "cuda" or not how.compiled:  # else one kernel does it all where the logits are
-        each += 4 + (4 if how.bytes_each < 4 else 0)  # their exponentials, and they themselves in float32
+        each += 4 + (4 if how.bytes_each < 4 else 0)  # float32 exponentials, and values, where logits aren't float32
     return rows * shape.vocabulary * each + inputs
 
 
