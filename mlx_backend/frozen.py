@@ -22,6 +22,8 @@ Multiply = Callable[..., mx.array]
 def recomputed_product(unpack: Unpack) -> Multiply:
     """Return f(x, packed, total) -> total + x @ unpack(*packed).T; its weight is unpacked anew for the gradient of x.
 
+    With a total x has two axes.
+
     Every array must come as an argument: `mx.compile` refuses what a custom function captures. The dependencies put
     each unpacking right before its use: without them `mx.compile` sees the same one twice, merges the two and keeps
     the result in between.
@@ -36,7 +38,7 @@ def recomputed_product(unpack: Unpack) -> Multiply:
         return of_x, *(mx.zeros_like(each) for each in packed)
 
     def sum_of(total: mx.array, x: mx.array, *packed: mx.array) -> mx.array:
-        return add_matmul(total, x, unpack(*mx.depends(packed, x)))
+        return mx.addmm(total, x, unpack(*mx.depends(packed, x)).T)
 
     def sum_gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         return cotangent, *gradient(primals[1:], cotangent, _)
@@ -47,15 +49,6 @@ def recomputed_product(unpack: Unpack) -> Multiply:
         return custom_gradient(sum_of, sum_gradient)(total, x, *packed)
 
     return multiply
-
-
-def add_matmul(total: mx.array, x: mx.array, weight: mx.array) -> mx.array:
-    """Return total (..., out) + x (..., in) @ weight.T in one product.
-
-    Of arrays with more axes MLX's CPU makes one product a batch: 17 times the time for 64 rows of one position.
-    """
-    rows, sums = (each.reshape(-1, each.shape[-1]) for each in (x, total))
-    return mx.addmm(sums, rows, weight.T).reshape(total.shape)
 
 
 class FourBitLinear(nn.Module):
@@ -97,7 +90,7 @@ class FourBitLinear(nn.Module):
         return self.add_to(None, x)
 
     def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
-        """Map (..., in) to (..., out), added to what is there."""
+        """Map (..., in) to (..., out), or rows (N, in) added to what is there."""
         out = self._product(x, self._packed(), total)
         return out + self.bias if "bias" in self else out
 

@@ -22,7 +22,7 @@ from common.lora import (
     not_trainable_whole,
     saved_key,
 )
-from mlx_backend.frozen import FourBitLinear, add_matmul
+from mlx_backend.frozen import FourBitLinear
 from mlx_backend.low_rank import as_rows, project_down, project_up
 from mlx_backend.origin import Origin
 from mlx_backend.products import ChosenLinear
@@ -90,9 +90,8 @@ class DoRALinear(LoRALinear):
         plain, key = self.linear(x), self._dropout_key
         straight = self._straight(plain if key is None else self.linear(self._dropped(x, key)))
         factor = self.lora_magnitude / mx.stop_gradient(self._norms())
-        return plain + ((factor - 1) * straight + factor * self._raised(self._low(x)).reshape(plain.shape)).astype(
-            plain.dtype
-        )
+        raised = self._raised(self._low(x)).reshape(plain.shape)
+        return plain + ((factor - 1) * straight + factor * raised).astype(plain.dtype)
 
     def _straight(self, output: mx.array) -> mx.array:
         return output - self.linear.bias if "bias" in self.linear else output
@@ -181,13 +180,13 @@ def inject(
 
 
 def add_product(total: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
-    """Return total + linear(x), rounded once where the product can be added up in one pass.
+    """Return total (N, out) + linear(x (N, in)), rounded once where the product can be added up in one pass.
 
     In half precision this order matters: a product that is rounded already swallows a smaller sum whole, and LoRA's
     first steps are small. Added to by a wide product, the sum is there when the total is rounded.
     """
     if type(linear) is nn.Linear:
-        out = add_matmul(total, x, linear.weight)
+        out = mx.addmm(total, x, linear.weight.T)
         return out + linear.bias if "bias" in linear else out
     if isinstance(linear, FourBitLinear | ChosenLinear):
         return linear.add_to(total, x)

@@ -58,5 +58,8 @@ def project_up(low: mx.array, b: mx.array, scale: float) -> mx.array:
 
 
 def as_rows(x: mx.array) -> mx.array:
-    """View (..., D) as (N, D): MLX's products of more axes are several operations each, and so are their gradients."""
+    """View (..., D) as (N, D): MLX's products of more axes are several operations each, and so are their gradients.
+
+    And of a sum with one its CPU makes one product a batch: 17 times the time for 64 rows of one position.
+    """
     return x.reshape(-1, x.shape[-1])

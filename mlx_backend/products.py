@@ -44,7 +44,7 @@ class ChosenLinear(nn.QuantizedLinear):
         return self.add_to(None, x)
 
     def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
-        """Map (..., in) to (..., out), added to what is there."""
+        """Map (..., in) to (..., out), or rows (N, in) added to what is there."""
         if x.size // x.shape[-1] < self._min_rows:
             out = super().__call__(x)
             return out if total is None else total + out

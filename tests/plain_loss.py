@@ -5,6 +5,8 @@ from torch.nn import functional as F
 
 from common.logits import AfterHead
 
+AFTER = [AfterHead(), AfterHead(0.125), AfterHead(soft_cap=5.0), AfterHead(2, 30)]
+
 
 def plain_loss(
     output: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, after: AfterHead

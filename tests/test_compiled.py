@@ -1,4 +1,4 @@
-"""Compiled layers, offloaded activations, the chunked loss of the torch engine: only speed and memory change."""
+"""Compiled layers and offloaded activations of the torch engine: only speed and memory change."""
 
 import json
 import math

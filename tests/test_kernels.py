@@ -8,7 +8,7 @@ import pytest
 import torch
 from engines import TORCH_DEVICE
 from packed_layers import four_bit_layer
-from plain_loss import compare_with_plain
+from plain_loss import AFTER, compare_with_plain
 
 pytest.importorskip("triton")
 
@@ -42,7 +42,7 @@ def test_parts_of_a_flat_array_are_copied_to_their_places_alone() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 301, 16384, 16385, 40_001])
-@pytest.mark.parametrize("after", [AfterHead(), AfterHead(0.125), AfterHead(soft_cap=5.0), AfterHead(2, 30)], ids=str)
+@pytest.mark.parametrize("after", AFTER, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_and_their_derivative_are_those_of_the_formula(
     vocabulary: int, after: AfterHead, dtype: torch.dtype

@@ -7,7 +7,7 @@ import pytest
 import torch
 from allocations import allocations_of
 from engines import make_batches, open_fresh
-from plain_loss import compare_with_plain, plain_loss
+from plain_loss import AFTER, compare_with_plain, plain_loss
 from tiny_models import write_family
 from torch.nn import functional as F
 
@@ -15,10 +15,9 @@ import torch_backend.loss
 from common.batches import BatchPlan
 from common.config import LoraConfig
 from common.logits import AfterHead
+from common.sampling import Sampling
 from torch_backend.head import Head, find_head
 from torch_backend.loss import LinearCrossEntropy, softmax_error_
-
-AFTER = [AfterHead(), AfterHead(0.125), AfterHead(soft_cap=5.0), AfterHead(2, 30)]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -75,8 +74,10 @@ def test_what_follows_the_head_is_found_by_measuring(
 def test_a_head_that_is_trained_or_does_something_unknown_takes_the_plain_way(llama: Path) -> None:
     trained = open_fresh("torch", llama, LoraConfig(target_modules=["q_proj", "lm_head"]))
     assert find_head(trained._base, trained._selection) is None
-    result = trained.fetch(trained.train_step(BatchPlan(make_batches(), 4, 1, 42, 2).step_batch(1), 5e-3))
-    assert np.isfinite(result.loss_sum)
+    plan = BatchPlan(make_batches(), 4, 1, 42, 2)
+    results = [trained.fetch(trained.train_step(plan.step_batch(step), 5e-3)) for step in range(1, 8)]
+    assert np.isfinite([result.loss_sum for result in results]).all()
+    assert len(list(trained.generate([[5, 6, 7]], Sampling(4)))) == 4
     engine = open_fresh("torch", llama)
     engine._base.lm_head.register_forward_hook(lambda _, __, logits: logits * 3)
     assert find_head(engine._base, engine._selection) is None

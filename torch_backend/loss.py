@@ -96,16 +96,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Map hidden states (N, D), targets (N,) and weights (N,) to the loss in nats, a float32 scalar."""
         rows = chunk_rows(len(head.weight), CHUNK_BYTES, head.weight.itemsize)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = []
+        losses = torch.empty(len(hidden), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             output = F.linear(hidden[part], head.weight, head.bias)
-            losses.append(overwrite(output, targets[part], counted[part], head.after))
+            losses[part] = overwrite(output, targets[part], counted[part], head.after)
             if gradient is not None:
                 torch.mm(output, head.weight, out=gradient[part])
             del output  # or the next chunk's would be made beside it
         ctx.save_for_backward(gradient)
-        return torch.cat(losses).sum() if losses else torch.zeros((), device=hidden.device)
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

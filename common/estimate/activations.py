@@ -18,7 +18,7 @@ from common.segments import bound
 CHUNK_BYTES = {"torch": 3 * 2**26, "mlx": 2**27}  # CHUNK_BYTES of torch_backend/loss.py and mlx_backend/loss.py
 # Bytes a logit of all rows where a trained head takes torch's plain way, in any dtype: measured on a CPU.
 TRAINED_HEAD_BYTES = 12
-# The same in MLX, and of all rows where a trained head takes the plain way; four were measured on a CPU.
+# Float32 arrays of a chunk in mlx_backend/loss.py, and of all rows where a trained head takes the plain way: measured.
 MLX_HEAD_ARRAYS = 4
 # Of attention's backward where it has no kernel, beside the probabilities; 2.7 to 5 were measured for MLX on a CPU.
 SCORES_PASSING = 3.5
