@@ -38,8 +38,7 @@ def project_down(
         return of_x, mx.zeros_like(source), of_a, *map(mx.zeros_like, keys)
 
     keys = [] if key is None else [key]
-    # Of what needs no gradient: or MLX adds its zeros up like any other, an array the size of x.
-    return custom_gradient(product, gradient)(x, mx.stop_gradient(source), mx.concatenate(weights), *keys)
+    return custom_gradient(product, gradient)(x, source, mx.concatenate(weights), *keys)
 
 
 def project_up(low: mx.array, b: mx.array, scale: float) -> mx.array:

@@ -26,10 +26,14 @@ class Origin:
         return result
 
     def of(self, x: mx.array) -> tuple[mx.array, Compute]:
-        """Return an array and the function that makes x of it: x itself and nothing to do, where x is not known."""
-        if self._last is not None and self._last[0] is x:
-            return self._last[1:]
-        return x, lambda x: x
+        """Return an array and the function that makes x of it: x itself and nothing to do, where x is not known.
+
+        No gradient goes into that array: whoever takes it gives x one. MLX would add its zeros up like any other.
+        """
+        if self._last is None or self._last[0] is not x:
+            return mx.stop_gradient(x), lambda x: x
+        _, source, compute = self._last
+        return mx.stop_gradient(source), compute
 
     def forget(self) -> None:
         """Let go of what was remembered."""

@@ -107,7 +107,7 @@ def _keep_products(mlp: nn.Module, origin: Origin) -> None:
             products.read = None
             return of_x, mx.zeros_like(source), *of_arrays
 
-        return custom_gradient(forward, gradient)(x, mx.stop_gradient(source), *arrays)[0]
+        return custom_gradient(forward, gradient)(x, source, *arrays)[0]
 
     specialise(mlp, "__call__", frugal)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from engines import Step, gradient_of, make_batches, open_fresh
@@ -12,6 +13,7 @@ import mlx_backend.engine
 from common.batches import BatchPlan
 from common.config import LoraConfig, QuantizationConfig
 from mlx_backend.low_rank import project_down
+from mlx_backend.origin import Origin
 from mlx_backend.recompute import is_mlp, is_norm, keep_products
 
 TOLERANCE = 1e-4  # of the largest entry of a tensor: sums in another order, which recurrent layers multiply
@@ -98,6 +100,21 @@ def test_adapters_that_read_the_same_share_a_product(lora, products, tmp_path, m
     gradient_of(engine, step)
     passes = len(engine._parts(step.micro_batches[0])) * len(engine._model.layers)
     assert counts[: passes * len(products)] == products * passes  # of the forward pass, which comes first
+
+
+def test_no_zeros_are_added_to_the_gradient_of_what_is_computed_again(tmp_path):
+    origin, a = Origin(), mx.ones((2, 8))
+    origin.followed = True
+
+    def low(hidden: mx.array) -> mx.array:
+        x = origin.note(hidden, mx.square)
+        return project_down(x, *origin.of(x), [a], lambda x, _: x, None)[0]
+
+    _, gradients = mx.vjp(low, [mx.ones((4, 8))], [mx.ones((4, 2))])
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *gradients)
+    graph = (tmp_path / "graph.dot").read_text()
+    assert "Matmul" in graph
+    assert "Add" not in graph
 
 
 @pytest.mark.parametrize("family", DENSE)
