@@ -20,6 +20,7 @@ from mlx_backend.long_rows import lighten_attention
 from mlx_backend.names import routers
 from mlx_backend.products import choose_products
 from mlx_backend.quantize import quantize_layers, set_dtype
+from mlx_backend.rope import lighten_rope
 from mlx_backend.stored import classes_for_packed
 from mlx_backend.swiglu import lighten_swiglu
 
@@ -62,6 +63,7 @@ def load_base(directory: Path, dtype: str, quantization: QuantizationConfig) -> 
         ) from None
     set_dtype(model, DTYPES[dtype])
     lighten_attention(model)
+    lighten_rope(model)
     lighten_swiglu(model)
     amend(model, config, DTYPES[dtype])
     if quantization.way and stored_format(config) is None:

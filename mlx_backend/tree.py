@@ -37,6 +37,11 @@ def global_names(module: nn.Module, function: Callable) -> list[str]:
     return [name for name, meant in called if meant is function]
 
 
+def calls(module: nn.Module, *names: str) -> bool:
+    """Tell whether one of a module's methods looks up all of some names."""
+    return any(set(names) <= set(_names(function.__code__)) for _, function in _methods(type(module)))
+
+
 def layer_names(model: nn.Module) -> dict[str, str]:
     """Return the paths of the decoder layers in the live tree, and what transformers calls them."""
     names = {}
