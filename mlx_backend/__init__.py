@@ -6,7 +6,6 @@ Nothing of MLX is imported here: on Linux the fast BLAS must be in place before 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,23 +26,9 @@ def open_engine(config: TrainConfig, model_dir: Path, lora: LoraConfig | None) -
     blas = use_fast_blas()
     if blas.startswith("warning"):
         logging.getLogger(__name__).warning(blas)
-    import mlx.core as mx
+    from mlx_backend.schedule import set_schedule
 
-    # How many branches of its graph MLX walks side by side, read at its first evaluation; 20 by default. Depth first, a
-    # checkpointed layer is computed again when it is needed and not before: 90 MB for 109 (8 layers, a CPU, measured).
-    # Several streams, which only a CPU has here, take turns by that; breadth first they work at the same time: 2.2 s a
-    # step of SmolLM2 on two cores against 3.1 s.
-    on_cpu = config.device == "cpu" or (config.device == "auto" and mx.default_device().type == mx.cpu)
-    if config.gradient_checkpointing:
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
-    elif on_cpu:
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000000")
-    if mx.cuda.is_available():
-        # What goes to the device at once, in operations and in millions of numbers they read; 100 and 1000 by default
-        # on the largest cards. Up to ten such graphs wait there, and nothing that one of them reads is freed before it
-        # is done: 24.6 GB in place of 33.2 (3B, 4 x 2048, an H200), at the same speed. Metal's own numbers are small.
-        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "50")
+    set_schedule(config)
     from mlx_backend.engine import MLXEngine
 
     return MLXEngine(config, model_dir, lora)

@@ -9,6 +9,10 @@ import pytest
 from engines import open_fresh
 from tiny_models import write_llama
 
+from common.config import TrainConfig
+from common.engine import DeviceMemory
+from mlx_backend import schedule
+
 
 def test_mlx_stays_within_what_is_free_and_forgets_it_when_closed(tmp_path: Path) -> None:
     before = mx.get_memory_limit()
@@ -22,14 +26,24 @@ def test_mlx_stays_within_what_is_free_and_forgets_it_when_closed(tmp_path: Path
     assert mx.set_cache_limit(cache) == 2**60
 
 
-@pytest.mark.parametrize("on_cuda", [False, True])
-def test_graphs_are_small_on_cuda_and_metals_are_left_alone(on_cuda: bool, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("free", "checkpointing", "numbers"),
+    [(150e9, False, "600"), (24e9, False, "96"), (8e9, False, "50"), (1e12, False, "1000"), (150e9, True, "50")],
+)
+def test_a_cuda_card_gets_portions_that_suit_its_memory(free, checkpointing, numbers, monkeypatch) -> None:
     name = "MLX_MAX_MB_PER_BUFFER"
-    monkeypatch.setenv(name, "")
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: on_cuda)
-    monkeypatch.delenv(name)
-    open_fresh("mlx", write_llama(tmp_path)).close()
-    assert os.environ.get(name) == ("50" if on_cuda else None)
-    monkeypatch.setenv(name, "70")
-    open_fresh("mlx", tmp_path).close()
-    assert os.environ[name] == "70"
+    config = TrainConfig(device="gpu", gradient_checkpointing=checkpointing)
+    monkeypatch.setattr(schedule, "device_memory", lambda _: DeviceMemory("cuda", "a card", int(free)))
+    with pytest.MonkeyPatch.context() as patch:
+        for each in (name, "MLX_MAX_OPS_PER_BUFFER", "MLX_BFS_MAX_WIDTH"):
+            patch.setenv(each, "")
+            del os.environ[each]
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: False)  # Metal's own numbers are small
+        schedule.set_schedule(config)
+        assert name not in os.environ
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        schedule.set_schedule(config)
+        assert os.environ[name] == numbers
+        os.environ[name] = "70"
+        schedule.set_schedule(config)
+        assert os.environ[name] == "70"

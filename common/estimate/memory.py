@@ -24,6 +24,8 @@ UPDATE_COPIES = {"torch": 9, "mlx": 4}
 UPDATE_SLICE = 2**22  # SLICE there
 # Of the largest weight, unpacked in MLX's backward pass: two to six were measured on a CPU, as its queue runs ahead.
 MLX_UNPACKED = 5
+# Of a CUDA card's free memory: what MLX's work holds on its way there, in portions for that memory (schedule.py there).
+WAITING = 0.035
 # Beside the numbers: of a CPU's process libraries, tokenizer and code, measured with a tiny model in `twintune train`;
 # on CUDA cuBLAS' workspace (32 MiB on Hopper) and tables of angles.
 FRAMEWORK = {("torch", "cpu"): 510e6, ("mlx", "cpu"): 390e6, ("torch", "cuda"): 60e6}
@@ -49,10 +51,11 @@ def estimate_memory(shape: ModelShape, config: TrainConfig, work: Work, name: st
     adapter = trained * FLOAT32
     kept = _adapter_bytes(config, how, adapter)
     live = activations(shape, work, how)
-    at_turn = {"activations": live.kept, "attention": live.attention}
+    kept_alive = live.kept + min(live.kept, _waiting_bytes(config, name, machine))
+    at_turn = {"activations": kept_alive, "attention": live.attention}
     moments: list[dict[str, float]] = [
         {**at_turn, "logits": live.logits},
-        {**at_turn, "activations": live.kept + live.passing + _unpacked_bytes(shape, config, name, how.bytes_each)},
+        {**at_turn, "activations": kept_alive + live.passing + _unpacked_bytes(shape, config, name, how.bytes_each)},
         {"optimizer": _update_bytes(name, trained) + max(0, 2 * adapter - kept)},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
@@ -75,6 +78,12 @@ def _adapter_bytes(config: TrainConfig, how: Setting, adapter: int) -> float:
     if how.engine == "torch" and how.bytes_each == 2 and plain:
         return (1.5 if config.gradient_accumulation_steps == 1 else 2.5) * adapter
     return 2 * adapter
+
+
+def _waiting_bytes(config: TrainConfig, name: str, machine: DeviceMemory) -> float:
+    """Count what is not freed yet as work waits for a card; with checkpointing the portions are small."""
+    on_cuda = name == "mlx" and machine.device_type == "cuda"
+    return WAITING * machine.free_bytes if on_cuda and not config.gradient_checkpointing else 0
 
 
 def _update_bytes(name: str, trained: int) -> int:
