@@ -41,7 +41,7 @@ from mlx_backend.generate import generate
 from mlx_backend.head import find_head, output_head, select_at_head
 from mlx_backend.lora import Adapter, dense_weight, inject, linear_modules, module_at
 from mlx_backend.loss import LossFunction
-from mlx_backend.model import choose_device, load_base
+from mlx_backend.model import DTYPES, choose_device, load_base
 from mlx_backend.names import adaptable_modules, refuse_foreign, weighted_modules
 from mlx_backend.recompute import keep_products
 from mlx_backend.step import make_evaluation, make_micro_gradient, make_update
@@ -204,7 +204,7 @@ class MLXEngine:
         wanted = {name: stacks[name] for name in parameters}
         adapters = inject_experts(wanted, self._model.model_type, lora)
         experts = {filed: adapters[name] for name, filed in parameters.items()}
-        return targets, inject(self._model, chosen, saved, experts, lora)
+        return targets, inject(self._model, chosen, saved, experts, lora, DTYPES[self.dtype])
 
     def _bind_weights(self) -> None:
         """Put the weights of now into the model, for passes outside a step."""

@@ -16,39 +16,40 @@ from mlx_backend.nf4 import Format, Scales, dequantize, quantize
 from mlx_backend.streams import custom_gradient
 
 Unpack = Callable[..., mx.array]
-Multiply = Callable[..., mx.array]
 
 
-def recomputed_product(unpack: Unpack) -> Multiply:
-    """Return f(x, packed, total) -> total + x @ unpack(*packed).T; its weight is unpacked anew for the gradient of x.
+class Unpacked:
+    """Multiply by a packed weight (out, in), unpacked anew each time.
 
-    With a total x has two axes.
-
-    Every array must come as an argument: `mx.compile` refuses what a custom function captures. The dependencies put
-    each unpacking right before its use: without them `mx.compile` sees the same one twice, merges the two and keeps
-    the result in between.
+    The dependencies put each unpacking right before its use: without them `mx.compile` sees the same one twice, merges
+    the two and keeps the result in between.
     """
 
-    def product(x: mx.array, *packed: mx.array) -> mx.array:
-        return x @ unpack(*mx.depends(packed, x)).T
+    def __init__(self, unpack: Unpack) -> None:
+        """Take the function that unpacks arrays."""
+        self._unpack = unpack
 
-    def gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def __call__(self, x: mx.array, packed: Sequence[mx.array]) -> mx.array:
+        """Map (..., in) to (..., out); its gradient unpacks the weight once more."""
+        return custom_gradient(self._product, self._gradient)(x, *packed)
+
+    def add_to(self, total: mx.array, x: mx.array, packed: Sequence[mx.array]) -> mx.array:
+        """Return total (N, out) + W x for rows x (N, in), without a gradient of its own."""
+        return mx.addmm(total, x, self._weight(packed, x).T)
+
+    def add_gradient(self, total: mx.array, of_out: mx.array, packed: Sequence[mx.array]) -> mx.array:
+        """Return total (N, in) + W^T of_out for rows of_out (N, out)."""
+        return total + of_out @ self._weight(packed, of_out)
+
+    def _weight(self, packed: Sequence[mx.array], used_with: mx.array) -> mx.array:
+        return self._unpack(*mx.depends(list(packed), mx.stop_gradient(used_with)))
+
+    def _product(self, x: mx.array, *packed: mx.array) -> mx.array:
+        return x @ self._weight(packed, x).T
+
+    def _gradient(self, primals: Sequence[mx.array], of_out: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *packed = primals
-        of_x = (cotangent @ unpack(*mx.depends(packed, cotangent))).astype(x.dtype)
-        return of_x, *(mx.zeros_like(each) for each in packed)
-
-    def sum_of(total: mx.array, x: mx.array, *packed: mx.array) -> mx.array:
-        return mx.addmm(total, x, unpack(*mx.depends(packed, x)).T)
-
-    def sum_gradient(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        return cotangent, *gradient(primals[1:], cotangent, _)
-
-    def multiply(x: mx.array, packed: Sequence[mx.array], total: mx.array | None = None) -> mx.array:
-        if total is None:
-            return custom_gradient(product, gradient)(x, *packed)
-        return custom_gradient(sum_of, sum_gradient)(total, x, *packed)
-
-    return multiply
+        return (of_out @ self._weight(packed, of_out)).astype(x.dtype), *map(mx.zeros_like, packed)
 
 
 class FourBitLinear(nn.Module):
@@ -67,7 +68,7 @@ class FourBitLinear(nn.Module):
             self.bias = bias
         self._form = form
         self._dtype = dtype
-        self._product = recomputed_product(self._unpack)
+        self._unpacked = Unpacked(self._unpack)
         self.freeze()
 
     @classmethod
@@ -87,11 +88,17 @@ class FourBitLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        return self.add_to(None, x)
+        return self._biased(self._unpacked(x, self._packed()))
 
-    def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
-        """Map (..., in) to (..., out), or rows (N, in) added to what is there."""
-        out = self._product(x, self._packed(), total)
+    def add_to(self, total: mx.array, x: mx.array) -> mx.array:
+        """Return total (N, out) + W x of rows x (N, in)."""
+        return self._biased(self._unpacked.add_to(total, x, self._packed()))
+
+    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
+        """Return total (N, in) + W^T of_out of rows of_out (N, out)."""
+        return self._unpacked.add_gradient(total, of_out, self._packed())
+
+    def _biased(self, out: mx.array) -> mx.array:
         return out + self.bias if "bias" in self else out
 
     def _packed(self) -> list[mx.array]:

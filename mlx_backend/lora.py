@@ -1,8 +1,9 @@
 """LoRA and DoRA on MLX: the layers, and putting them around the linear modules that the config targets.
 
-Weights are kept as PEFT keeps them, A (r, in) and B (out, r) in float32, so nothing is transposed on the way to
-a file. Both matmuls run in the dtype of the activations, as torch's autocast does: float32 weights that promote
-the activations, mlx-lm's way, cost a quarter of the speed and keep float32 copies of every projection.
+Weights are shaped as PEFT's, A (r, in) and B (out, r), so nothing is transposed on the way to a file. The float32
+weights are the engine's; a layer has them in the dtype of the activations, in which both matmuls run, as torch's
+autocast does: float32 weights that promote the activations, mlx-lm's way, cost a quarter of the speed and keep float32
+copies of every projection.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from common.lora import (
     saved_key,
 )
 from mlx_backend.frozen import FourBitLinear
-from mlx_backend.low_rank import as_rows, project_down, project_up
+from mlx_backend.low_rank import adapted_products, as_rows, scaled
 from mlx_backend.origin import Origin
 from mlx_backend.products import ChosenLinear
 
@@ -31,44 +32,58 @@ from mlx_backend.products import ChosenLinear
 class LoRALinear(nn.Module):
     """Add scale * B A x to what a frozen linear module returns."""
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        """Wrap `linear`, whatever its weights are packed as."""
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, dtype: mx.Dtype) -> None:
+        """Wrap `linear`, whatever its weights are packed as; A and B come in a dtype."""
         super().__init__()
         out_features, in_features = logical_shape(linear)
         self.linear = linear
-        self.lora_a = mx.zeros((rank, in_features))
-        self.lora_b = mx.zeros((out_features, rank))
+        self.lora_a = mx.zeros((rank, in_features), dtype)
+        self.lora_b = mx.zeros((out_features, rank), dtype)
         self._scale = scale
         self._keep = 1.0 - dropout
         self._dropout_key: mx.array | None = None  # set for a training step, None without dropout
-        self._origin: Origin | None = None  # where products alone are kept (mlx_backend/recompute.py)
-        self._given: tuple[mx.array, mx.array] | None = None  # x and A x (mlx_backend/siblings.py)
+        self._origin = Origin()  # what the inputs of a training step come from (mlx_backend/recompute.py)
+        self._given: tuple[mx.array, mx.array] | None = None  # x and the product (mlx_backend/siblings.py)
+
+    @property
+    def scale(self) -> float:
+        """Give the factor of B A."""
+        return self._scale
+
+    @property
+    def dropout_key(self) -> mx.array | None:
+        """Give the key of this step's dropout, None without."""
+        return self._dropout_key
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        out = add_product(self._raised(self._low(x)), self.linear, as_rows(x))
+        out = self._product(x)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
-    def _low(self, x: mx.array) -> mx.array:
-        """Compute A dropout(x), where nobody has given it: (N, r)."""
-        if self._given is not None and self._given[0] is x:
-            return self._given[1]
-        rows = as_rows(x)
-        if self._origin is None or not self._origin.followed:
-            return self._dropped(rows, self._dropout_key) @ self.lora_a.astype(x.dtype).T
-        return project_down(rows, *self._origin.of(x), [self.lora_a], self._dropped, self._dropout_key)[0]
-
-    def _raised(self, low: mx.array) -> mx.array:
-        """Compute scale * B low: (N, out)."""
-        if self._origin is None or not self._origin.followed:
-            return low @ (self._scale * self.lora_b).astype(low.dtype).T
-        return project_up(low, self.lora_b, self._scale)
-
-    def _dropped(self, x: mx.array, key: mx.array | None) -> mx.array:
+    def dropped(self, x: mx.array, key: mx.array | None) -> mx.array:
+        """Drop elements of x and make up for them in the others; none without a key."""
         if key is None:
             return x
         keep = mx.random.bernoulli(self._keep, x.shape, key=key)
         return mx.where(keep, x * (1.0 / self._keep), 0.0).astype(x.dtype)
+
+    def add_product(self, total: mx.array, x: mx.array) -> mx.array:
+        """Return total (N, out) + W x for rows x (N, in)."""
+        return add_product(total, self.linear, x)
+
+    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
+        """Return total (N, in) + W^T of_out for rows of_out (N, out)."""
+        return add_gradient(total, self.linear, of_out)
+
+    def _product(self, x: mx.array) -> mx.array:
+        """Compute what `adapted_products` does, (N, out), where nobody has given it."""
+        if self._given is not None and self._given[0] is x:
+            return self._given[1]
+        rows = as_rows(x)
+        if self._origin.followed:
+            return adapted_products(rows, *self._origin.of(x), [self])[0]
+        low = self.dropped(rows, self._dropout_key) @ scaled([self], x.dtype).T
+        return self.add_product(low @ self.lora_b.astype(x.dtype).T, rows)
 
 
 class DoRALinear(LoRALinear):
@@ -78,9 +93,9 @@ class DoRALinear(LoRALinear):
     formed: |w + s b A|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T b), where A w is the linear module applied to A.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        """Wrap `linear` and remember the norms of its rows."""
-        super().__init__(linear, rank, scale, dropout)
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, dtype: mx.Dtype) -> None:
+        """Wrap `linear` and remember the norms of its rows; A and B come in float32, as the norms are made of them."""
+        super().__init__(linear, rank, scale, dropout, mx.float32)
         self.lora_magnitude = mx.zeros(len(self.lora_b))
         self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=1)
         mx.eval(self._squares)  # here, so that one dense matrix lives at a time
@@ -88,10 +103,18 @@ class DoRALinear(LoRALinear):
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
         plain, key = self.linear(x), self._dropout_key
-        straight = self._straight(plain if key is None else self.linear(self._dropped(x, key)))
+        straight = self._straight(plain if key is None else self.linear(self.dropped(x, key)))
         factor = self.lora_magnitude / mx.stop_gradient(self._norms())
-        raised = self._raised(self._low(x)).reshape(plain.shape)
+        raised = self._product(x).reshape(plain.shape)
         return plain + ((factor - 1) * straight + factor * raised).astype(plain.dtype)
+
+    def add_product(self, total: mx.array, x: mx.array) -> mx.array:
+        """Return the total alone: the magnitudes come between both products."""
+        return total
+
+    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
+        """Return the total alone, as `add_product` does."""
+        return total
 
     def _straight(self, output: mx.array) -> mx.array:
         return output - self.linear.bias if "bias" in self.linear else output
@@ -121,10 +144,14 @@ class Adapter:
         """Give the shape of every adapter tensor by PEFT key."""
         return {key: module[name].shape for key, (module, name) in self._places.items()}
 
+    def dtypes(self) -> dict[str, mx.Dtype]:
+        """Give the dtype that every adapter tensor is computed with by PEFT key."""
+        return {key: module[name].dtype for key, (module, name) in self._places.items()}
+
     def bind(self, weights: Mapping[str, mx.array], dropout_key: mx.array | None = None) -> None:
         """Set the weights that the next forward pass uses, and the key of its dropout masks (None: no dropout)."""
         for key, (module, name) in self._places.items():
-            module[name] = weights[key].astype(module[name].dtype)
+            module[name] = weights[key]
         keys = [None] * len(self._layers) if dropout_key is None else mx.random.split(dropout_key, len(self._layers))
         for layer, key in zip(self._layers.values(), keys, strict=True):
             layer._dropout_key = key
@@ -158,6 +185,7 @@ def inject(
     saved: Mapping[str, str],
     experts: Mapping[str, nn.Module],
     lora: LoraConfig,
+    dtype: mx.Dtype,
 ) -> Adapter:
     """Wrap the named linear modules in place and thaw those trained whole; returns their adapter.
 
@@ -174,7 +202,8 @@ def inject(
     for name, path in modules.items():
         parent, _, last = path.rpartition(".")
         holder = module_at(model, parent)
-        layers[name] = kind(holder[last], module_rank(name, lora), module_scaling(name, lora), lora.lora_dropout)
+        rank, scale = module_rank(name, lora), module_scaling(name, lora)
+        layers[name] = kind(holder[last], rank, scale, lora.lora_dropout, dtype)
         holder[last] = layers[name]
     return Adapter(layers, whole, experts)
 
@@ -191,6 +220,16 @@ def add_product(total: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
     if isinstance(linear, FourBitLinear | ChosenLinear):
         return linear.add_to(total, x)
     return total + linear(x)
+
+
+def add_gradient(total: mx.array, linear: nn.Module, of_out: mx.array) -> mx.array:
+    """Return total (N, in) + the gradient of linear(x) by x (N, in), from that of what it gave, of_out (N, out)."""
+    if type(linear) is nn.Linear:
+        return total + of_out @ linear.weight
+    if isinstance(linear, FourBitLinear | ChosenLinear):
+        return linear.add_gradient(total, of_out)
+    _, (of_x,) = mx.vjp(linear, [mx.zeros_like(total)], [of_out])  # which is the same for every x
+    return total + of_x
 
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:

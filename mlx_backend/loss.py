@@ -51,14 +51,16 @@ class LossFunction:
         self._origin = origin
         self._adapter = adapter
         self._layout = layout
+        self._dtypes = adapter.dtypes()
 
     def split(self, flat: mx.array) -> dict[str, mx.array]:
-        """View a flat buffer as the adapter's tensors."""
-        return {key: flat[place].reshape(shape) for key, place, shape in self._layout.slices()}
+        """View a flat buffer as the adapter's tensors, each in the dtype that it is computed with."""
+        rounded = {dtype: flat.astype(dtype) for dtype in set(self._dtypes.values())}
+        return {key: rounded[self._dtypes[key]][place].reshape(shape) for key, place, shape in self._layout.slices()}
 
     def join(self, tensors: Mapping[str, mx.array]) -> mx.array:
-        """Concatenate the adapter's tensors into a flat buffer."""
-        return mx.concatenate([tensors[key].reshape(-1) for key in self._layout.shapes])
+        """Concatenate the adapter's tensors into a flat buffer in float32."""
+        return mx.concatenate([tensors[key].reshape(-1) for key in self._layout.shapes]).astype(mx.float32)
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from common.errors import DiskError
 from common.files import cache_folder, write_text
-from mlx_backend.frozen import recomputed_product
+from mlx_backend.frozen import Unpacked
 
 ROWS = (16, 64, 256, 1024, 4096)
 ROWS_ON_CUDA = (256, 4096)  # MLX compiles a kernel for each: 110 s for the first three of ROWS (an H200)
@@ -37,19 +37,34 @@ class ChosenLinear(nn.QuantizedLinear):
         """Take the number of rows from which the weight is unpacked, and the dtype it is unpacked to."""
         settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode, "dtype": dtype}
         self._min_rows = min_rows
-        self._product = recomputed_product(partial(mx.dequantize, **settings))
+        self._unpacked = Unpacked(partial(mx.dequantize, **settings))
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map (..., in) to (..., out)."""
-        return self.add_to(None, x)
+        if self._few(x):
+            return super().__call__(x)
+        return self._biased(self._unpacked(x, self._packed()))
 
-    def add_to(self, total: mx.array | None, x: mx.array) -> mx.array:
-        """Map (..., in) to (..., out), or rows (N, in) added to what is there."""
-        if x.size // x.shape[-1] < self._min_rows:
-            out = super().__call__(x)
-            return out if total is None else total + out
-        packed = [self[name] for name in ("weight", "scales", "biases") if self.get(name) is not None]
-        out = self._product(x, packed, total)
+    def add_to(self, total: mx.array, x: mx.array) -> mx.array:
+        """Return total (N, out) + W x of rows x (N, in)."""
+        if self._few(x):
+            return total + super().__call__(x)
+        return self._biased(self._unpacked.add_to(total, x, self._packed()))
+
+    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
+        """Return total (N, in) + W^T of_out of rows of_out (N, out)."""
+        if self._few(of_out):
+            settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+            return total + mx.quantized_matmul(of_out, *self._packed(), transpose=False, **settings)
+        return self._unpacked.add_gradient(total, of_out, self._packed())
+
+    def _few(self, rows: mx.array) -> bool:
+        return rows.size // rows.shape[-1] < self._min_rows
+
+    def _packed(self) -> list[mx.array]:
+        return [self[name] for name in ("weight", "scales", "biases") if self.get(name) is not None]
+
+    def _biased(self, out: mx.array) -> mx.array:
         return out + self.bias if "bias" in self else out
 
 

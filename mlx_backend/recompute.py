@@ -17,9 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_backend.frozen import FourBitLinear
-from mlx_backend.lora import LoRALinear, dropout_keys, set_dropout_keys
+from mlx_backend.lora import DoRALinear, LoRALinear, dropout_keys, set_dropout_keys
 from mlx_backend.origin import Origin
-from mlx_backend.siblings import stack_siblings
+from mlx_backend.siblings import join_siblings
 from mlx_backend.streams import custom_gradient
 from mlx_backend.tree import decoder_layers, specialise
 
@@ -51,7 +51,7 @@ def keep_products(model: nn.Module, on_gpu: bool, checkpointing: bool) -> Origin
             for mlp in filter(is_mlp, layer.modules()):
                 _keep_products(mlp, origin)
         for module in layer.modules():
-            stack_siblings(module, origin)
+            join_siblings(module, origin)
     return origin
 
 
@@ -99,8 +99,9 @@ def _keep_products(mlp: nn.Module, origin: Origin) -> None:
             return out, *written
 
         def gradient(primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Any) -> tuple:
-            _, source, *arrays = primals
-            source, *written = mx.depends([source, *outputs[1:]], [cotangents[0]])
+            # Not before: the compiler would see the forward pass' operations once more, and keep what they gave.
+            source, *known = mx.depends([*primals[1:], *outputs[1:]], [cotangents[0]])
+            arrays, written = known[: len(primals) - 2], known[len(primals) - 2 :]
             set_dropout_keys(self, keys)
             products.read = iter(written)
             _, (of_x, *of_arrays) = mx.vjp(call, [compute(source), *arrays], [cotangents[0]])
@@ -116,6 +117,8 @@ def _note_product(linear: nn.Module, products: Products) -> None:
     original = type(linear).__call__
 
     def noted(self: nn.Module, x: mx.array) -> mx.array:
+        if isinstance(self, LoRALinear) and self._given is not None:
+            return original(self, x)
         if products.read is not None:
             return _as_known(self, original, next(products.read), x)
         product = original(self, x)
@@ -140,19 +143,19 @@ def _as_known(linear: nn.Module, original: Callable, product: mx.array, x: mx.ar
 def _as_function(module: nn.Module, method: Callable) -> tuple[list[mx.array], Callable[..., mx.array]]:
     """Return what a module reads besides x, and f(x, *these): gradients flow into arguments alone.
 
-    That is its trainable weights, and what its adapters were given.
+    That is its trainable weights, and of adapted layers whose product is given that product, for which LoRA needs none.
     """
-    pairs = tree_flatten(module.trainable_parameters())
-    names = [name for name, _ in pairs]
-    adapters = [each for each in module.modules() if isinstance(each, LoRALinear) and each._given is not None]
+    given = {name: each for name, each in module.named_modules() if isinstance(each, LoRALinear) and each._given}
+    inside = tuple(f"{name}." for name, layer in given.items() if not isinstance(layer, DoRALinear))
+    weights = {name: each for name, each in tree_flatten(module.trainable_parameters()) if not name.startswith(inside)}
 
     def call(x: mx.array, *arrays: mx.array) -> mx.array:
-        module.update(tree_unflatten(list(zip(names, arrays, strict=False))))
-        for adapter, low in zip(adapters, arrays[len(names) :], strict=True):
-            adapter._given = x, low
+        module.update(tree_unflatten(list(zip(weights, arrays, strict=False))))
+        for layer, product in zip(given.values(), arrays[len(weights) :], strict=True):
+            layer._given = x, product
         out = method(module, x)
-        for adapter in adapters:
-            adapter._given = None
+        for layer in given.values():
+            layer._given = None
         return out
 
-    return [*(weight for _, weight in pairs), *(adapter._given[1] for adapter in adapters)], call
+    return [*weights.values(), *(layer._given[1] for layer in given.values())], call

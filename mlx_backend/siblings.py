@@ -1,11 +1,8 @@
-"""Adapters that read the same input: their products A x are one, and so are the gradients of it.
-
-A thin product takes as long as reading x does. For q, k and v, and for gate and up, x is read once for all, in the
-forward pass as in the backward pass, where the norm that it comes from is computed again once as well.
-"""
+"""Adapted layers that read the same input, such as q, k and v, or gate and up: one function gives what each gives."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
@@ -13,31 +10,28 @@ import mlx.nn as nn
 
 from common.lora import READ_THE_INPUT
 from mlx_backend.lora import LoRALinear
-from mlx_backend.low_rank import as_rows, project_down
+from mlx_backend.low_rank import adapted_products, as_rows
 from mlx_backend.origin import Origin
 from mlx_backend.tree import specialise
 
 
-def stack_siblings(module: nn.Module, origin: Origin) -> None:
-    """Let the adapters right below a module that read its input share a product where a gradient will be taken.
-
-    With dropout each reads another input.
-    """
+def join_siblings(module: nn.Module, origin: Origin) -> None:
+    """Let the adapted layers right below a module that read its input be computed at once in a training step."""
     children = [child for name, child in module.children().items() if name in READ_THE_INPUT]
-    adapters = [child for child in children if isinstance(child, LoRALinear) and child._keep == 1]
-    if len(adapters) < 2:
+    layers = [child for child in children if isinstance(child, LoRALinear)]
+    if len(layers) < 2:
         return
     original = type(module).__call__
 
-    def stacked(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original)  # its parameters still tell what kind of module it is
+    def joined(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         if origin.followed:
-            weights = [adapter.lora_a for adapter in adapters]
-            lows = project_down(as_rows(x), *origin.of(x), weights, lambda x, _: x, None)
-            for adapter, low in zip(adapters, lows, strict=True):
-                adapter._given = x, low
-        out = original(self, x, *args, **kwargs)
-        for adapter in adapters:
-            adapter._given = None
-        return out
+            outs = adapted_products(as_rows(x), *origin.of(x), layers)
+            for layer, out in zip(layers, outs, strict=True):
+                layer._given = x, out
+        result = original(self, x, *args, **kwargs)
+        for layer in layers:
+            layer._given = None
+        return result
 
-    specialise(module, "__call__", stacked)
+    specialise(module, "__call__", joined)

@@ -43,11 +43,11 @@ def test_mlx_adds_the_base_to_the_adapter(packed: str) -> None:
         linear = mlx_nn.QuantizedLinear.from_linear(linear, 64, 4)
         linear.__class__ = ChosenLinear
         linear.choose(0, mx.bfloat16)
-    layer = LoRALinear(linear, RANK, 1.0, 0.0)
-    layer.lora_a, x = mx.array(A), mx.array(X).astype(mx.bfloat16)
+    layer = LoRALinear(linear, RANK, 1.0, 0.0, mx.bfloat16)
+    layer.lora_a, x = (mx.array(array).astype(mx.bfloat16) for array in (A, X))
     outputs = []
     for up in (mx.array(B), mx.zeros((WIDTH, RANK))):
-        layer.lora_b = up
+        layer.lora_b = up.astype(mx.bfloat16)
         outputs.append(np.array(layer(x).astype(mx.float32)))
     assert share_that_arrives(*outputs) == pytest.approx(1, abs=0.3)
 
