@@ -106,7 +106,7 @@ def run_child(who: str, name: str, options: argparse.Namespace) -> None:
         for length in longest(who, folder, shape, start, limit, on_card):
             print(json.dumps(row | {"longest": length}), flush=True)
         return
-    print(json.dumps(row | measured(steps_of(who, folder, shape, options.steps, on_card), options.began)))
+    print(json.dumps(row | measured(steps_of(who, folder, shape, options.steps + 1, on_card), options.began)))
 
 
 def steps_of(who: str, folder: Path, shape: Any, steps: int, on_card: bool) -> Iterator[tuple[int, int, float]]:
@@ -133,12 +133,16 @@ def steps_of(who: str, folder: Path, shape: Any, steps: int, on_card: bool) -> I
 
 
 def measured(steps: Iterator[tuple[int, int, float]], began: float) -> dict[str, Any]:
-    """Time the steps after those that warm up; `began` is when the process was started, by the wall clock."""
+    """Time the steps between warming up and the last; `began` is when the process was started, by the wall clock.
+
+    Each step of ours is launched before the one before it is waited for. A long launch waits for the card, and so the
+    last step, which none follows, is partly done when the one before it is noted.
+    """
     import torch
     from torch_shapes import WARM_UP
 
     started = time.perf_counter() - (time.time() - began)
-    done = list(steps)
+    *done, _ = steps
     seconds = done[-1][2] - done[WARM_UP - 1][2]
     tokens, supervised = (sum(step[part] for step in done[WARM_UP:]) for part in (0, 1))
     figures = {
