@@ -39,16 +39,11 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.lora_a = mx.zeros((rank, in_features), dtype)
         self.lora_b = mx.zeros((out_features, rank), dtype)
-        self._scale = scale
+        self.scale = scale  # the factor of B A
         self._keep = 1.0 - dropout
         self._dropout_key: mx.array | None = None  # set for a training step, None without dropout
         self._origin = Origin()  # what the inputs of a training step come from (mlx_backend/recompute.py)
         self._given: tuple[mx.array, mx.array] | None = None  # x and the product (mlx_backend/siblings.py)
-
-    @property
-    def scale(self) -> float:
-        """Give the factor of B A."""
-        return self._scale
 
     @property
     def dropout_key(self) -> mx.array | None:
@@ -120,7 +115,7 @@ class DoRALinear(LoRALinear):
         return output - self.linear.bias if "bias" in self.linear else output
 
     def _norms(self) -> mx.array:
-        a, b = mx.stop_gradient(self.lora_a), self._scale * mx.stop_gradient(self.lora_b)
+        a, b = mx.stop_gradient(self.lora_a), self.scale * mx.stop_gradient(self.lora_b)
         crossed = self._straight(self.linear(a)).T  # W A^T
         return mx.sqrt(self._squares + (b * (2 * crossed + b @ (a @ a.T))).sum(axis=1))
 

@@ -26,6 +26,14 @@ def test_mlx_stays_within_what_is_free_and_forgets_it_when_closed(tmp_path: Path
     assert mx.set_cache_limit(cache) == 2**60
 
 
+def test_an_engine_sets_its_schedule_when_it_is_opened(tmp_path: Path, monkeypatch) -> None:
+    name = "MLX_BFS_MAX_WIDTH"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    open_fresh("mlx", write_llama(tmp_path), device="cpu").close()
+    assert os.environ.get(name) == "1000000"
+
+
 @pytest.mark.parametrize(
     ("free", "checkpointing", "numbers"),
     [(150e9, False, "600"), (24e9, False, "96"), (8e9, False, "50"), (1e12, False, "1000"), (150e9, True, "50")],
