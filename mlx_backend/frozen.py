@@ -37,9 +37,9 @@ class Unpacked:
         """Return total (N, out) + W x for rows x (N, in), without a gradient of its own."""
         return mx.addmm(total, x, self._weight(packed, x).T)
 
-    def add_gradient(self, total: mx.array, of_out: mx.array, packed: Sequence[mx.array]) -> mx.array:
-        """Return total (N, in) + W^T of_out for rows of_out (N, out)."""
-        return total + of_out @ self._weight(packed, of_out)
+    def input_gradient(self, of_out: mx.array, packed: Sequence[mx.array]) -> mx.array:
+        """Return W^T of_out (N, in) for rows of_out (N, out)."""
+        return of_out @ self._weight(packed, of_out)
 
     def _weight(self, packed: Sequence[mx.array], used_with: mx.array) -> mx.array:
         return self._unpack(*mx.depends(list(packed), mx.stop_gradient(used_with)))
@@ -49,7 +49,7 @@ class Unpacked:
 
     def _gradient(self, primals: Sequence[mx.array], of_out: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *packed = primals
-        return (of_out @ self._weight(packed, of_out)).astype(x.dtype), *map(mx.zeros_like, packed)
+        return self.input_gradient(of_out, packed).astype(x.dtype), *map(mx.zeros_like, packed)
 
 
 class FourBitLinear(nn.Module):
@@ -94,9 +94,9 @@ class FourBitLinear(nn.Module):
         """Return total (N, out) + W x of rows x (N, in)."""
         return self._biased(self._unpacked.add_to(total, x, self._packed()))
 
-    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
-        """Return total (N, in) + W^T of_out of rows of_out (N, out)."""
-        return self._unpacked.add_gradient(total, of_out, self._packed())
+    def input_gradient(self, of_out: mx.array) -> mx.array:
+        """Return W^T of_out (N, in) of rows of_out (N, out)."""
+        return self._unpacked.input_gradient(of_out, self._packed())
 
     def _biased(self, out: mx.array) -> mx.array:
         return out + self.bias if "bias" in self else out

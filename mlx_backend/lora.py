@@ -66,9 +66,9 @@ class LoRALinear(nn.Module):
         """Return total (N, out) + W x for rows x (N, in)."""
         return add_product(total, self.linear, x)
 
-    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
-        """Return total (N, in) + W^T of_out for rows of_out (N, out)."""
-        return add_gradient(total, self.linear, of_out)
+    def input_gradient(self, of_out: mx.array) -> mx.array | None:
+        """Return W^T of_out (N, in) for rows of_out (N, out)."""
+        return input_gradient(self.linear, of_out)
 
     def _product(self, x: mx.array) -> mx.array:
         """Compute what `adapted_products` does, (N, out), where nobody has given it."""
@@ -107,9 +107,9 @@ class DoRALinear(LoRALinear):
         """Return the total alone: the magnitudes come between both products."""
         return total
 
-    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
-        """Return the total alone, as `add_product` does."""
-        return total
+    def input_gradient(self, of_out: mx.array) -> mx.array | None:
+        """Return None: there was no product W x."""
+        return None
 
     def _straight(self, output: mx.array) -> mx.array:
         return output - self.linear.bias if "bias" in self.linear else output
@@ -217,14 +217,14 @@ def add_product(total: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
     return total + linear(x)
 
 
-def add_gradient(total: mx.array, linear: nn.Module, of_out: mx.array) -> mx.array:
-    """Return total (N, in) + the gradient of linear(x) by x (N, in), from that of what it gave, of_out (N, out)."""
+def input_gradient(linear: nn.Module, of_out: mx.array) -> mx.array:
+    """Return the gradient of linear(x) by x, (N, in), from that of what it gave, of_out (N, out)."""
     if type(linear) is nn.Linear:
-        return total + of_out @ linear.weight
+        return of_out @ linear.weight
     if isinstance(linear, FourBitLinear | ChosenLinear):
-        return linear.add_gradient(total, of_out)
-    _, (of_x,) = mx.vjp(linear, [mx.zeros_like(total)], [of_out])  # which is the same for every x
-    return total + of_x
+        return linear.input_gradient(of_out)
+    x = mx.zeros((len(of_out), logical_shape(linear)[1]), of_out.dtype)
+    return mx.vjp(linear, [x], [of_out])[1][0]  # which is the same for every x
 
 
 def logical_shape(linear: nn.Module) -> tuple[int, int]:

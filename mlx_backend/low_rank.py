@@ -5,12 +5,15 @@ norm's input, which is kept anyway; and an input's gradient waits for those of t
 off to the end of the step, and keep what they are computed from: 2.3 arrays the size of x instead of 1.3 (linear layers
 in a row, measured). And it reads no array twice where once is enough: the layers' A are one matrix, as a thin product
 takes as long as reading x does. What is added up in the backward pass are products, which the compiler sums in one
-kernel: products that add to an array that is there took a fifth longer (H200), twice what the sums take.
+kernel: wide products that add to an array that is there took a fifth longer (H200), twice what the sums take. Where
+there is one of them, the thin one adds to it, which is but read and written.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -36,8 +39,8 @@ class Adapted(Protocol):
     def add_product(self, total: mx.array, x: mx.array) -> mx.array:
         """Return total (N, out) + W x for rows x (N, in)."""
 
-    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
-        """Return total (N, in) + W^T of_out for rows of_out (N, out)."""
+    def input_gradient(self, of_out: mx.array) -> mx.array | None:
+        """Return W^T of_out (N, in) for rows of_out (N, out); None where `add_product` adds none."""
 
 
 def adapted_products(x: mx.array, source: mx.array, compute: Compute, layers: Sequence[Adapted]) -> list[mx.array]:
@@ -55,14 +58,18 @@ def adapted_products(x: mx.array, source: mx.array, compute: Compute, layers: Se
         of_ups = [of_out.T @ low.T for of_out, low in zip(of_outs, lows, strict=True)]
         of_lows = [mx.depends(up.T @ of_out.T, of_up) for of_out, up, of_up in zip(of_outs, ups, of_ups, strict=True)]
         source, *keys = mx.depends([source, *keys], of_lows)
-        x, of_downs, of_x = as_rows(compute(source)), [], None
+        x, of_downs = as_rows(compute(source)), []
+        parts = [layer.input_gradient(of_out) for layer, of_out in zip(layers, of_outs, strict=True)]
+        parts = [part for part in parts if part is not None]
         for group, down, key in zip(groups, downs, keys or [None], strict=True):
             of_low = mx.concatenate([of_lows.pop(0) for _ in group])
             of_downs.append(of_low @ group[0].dropped(x, key))
-            part = group[0].dropped(mx.depends(of_low, of_downs[-1]).T @ down, key)
-            of_x = part if of_x is None else of_x + part
-        for layer, of_out in zip(layers, of_outs, strict=True):
-            of_x = layer.add_gradient(of_x, of_out)
+            of_low = mx.depends(of_low, of_downs[-1])
+            if len(parts) == 1 and key is None:
+                parts = [mx.addmm(parts[0], of_low.T, down)]
+            else:
+                parts.append(group[0].dropped(of_low.T @ down, key))
+        of_x = functools.reduce(operator.add, parts)
         of_source, of_given_lows, of_keys = tree_map(mx.zeros_like, (source, lows, keys))  # which nothing asks for
         return of_x, of_source, of_given_lows, of_downs, of_ups, of_keys
 

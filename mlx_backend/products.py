@@ -51,12 +51,12 @@ class ChosenLinear(nn.QuantizedLinear):
             return total + super().__call__(x)
         return self._biased(self._unpacked.add_to(total, x, self._packed()))
 
-    def add_gradient(self, total: mx.array, of_out: mx.array) -> mx.array:
-        """Return total (N, in) + W^T of_out of rows of_out (N, out)."""
+    def input_gradient(self, of_out: mx.array) -> mx.array:
+        """Return W^T of_out (N, in) of rows of_out (N, out)."""
         if self._few(of_out):
             settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-            return total + mx.quantized_matmul(of_out, *self._packed(), transpose=False, **settings)
-        return self._unpacked.add_gradient(total, of_out, self._packed())
+            return mx.quantized_matmul(of_out, *self._packed(), transpose=False, **settings)
+        return self._unpacked.input_gradient(of_out, self._packed())
 
     def _few(self, rows: mx.array) -> bool:
         return rows.size // rows.shape[-1] < self._min_rows
