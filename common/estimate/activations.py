@@ -119,13 +119,13 @@ def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
 def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
     """Count what a layer keeps on MLX: norms' results and gate, up and their product.
 
-    A GPU computes norms and the product again (mlx_backend/recompute.py), but not of a layer that is computed again as
-    a whole. A CPU keeps SwiGLU's two steps between besides, where it isn't in float32 (mlx_backend/swiglu.py), and for
-    each example a copy of the beginning that it shares (mlx_backend/arrangement.py).
+    Norms are computed again, and on a GPU the product (mlx_backend/recompute.py), but not of a layer that is computed
+    again as a whole. A CPU keeps SwiGLU's two steps between besides, where it isn't in float32 (mlx_backend/swiglu.py),
+    and for each example a copy of the beginning that it shares (mlx_backend/arrangement.py).
     """
     on_cpu = how.device_type == "cpu"
-    again = not on_cpu and not how.checkpointing
-    inner = 5 if on_cpu and how.bytes_each < 4 else 2 if again else 3
+    again = not how.checkpointing
+    inner = 5 if on_cpu and how.bytes_each < 4 else 3 if on_cpu or how.checkpointing else 2
     keys = 2 * shape.keys * (work.seen if on_cpu else 1)
     return (2 if again else 4) * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
 
