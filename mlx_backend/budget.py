@@ -9,6 +9,7 @@ import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from common.engine import DeviceMemory
+from common.heap import give_pages_back, keep_pages
 from mlx_backend.model import choose_device
 
 REPEATS = 4
@@ -32,12 +33,13 @@ class Limits:
     Near its memory limit MLX gives back cached buffers, and past it the host waits for the device instead of running
     ahead. So the limit is what there is and not what a run should need: on an H200 one below a run's peak saved
     11 GB and cost 18% of the speed. On a Mac, where MLX's own limit is half as much again as the GPU may hold without
-    being slowed down, weights are wired besides, lest macOS compress them between two steps.
+    being slowed down, weights are wired besides, lest macOS compress them between two steps. On a CPU the process
+    keeps its pages from step to step.
     """
 
     def __init__(self, device: str) -> None:
         """Set the limits; the cache counts within them."""
-        on_gpu = choose_device(device).type == mx.gpu
+        self._on_gpu = on_gpu = choose_device(device).type == mx.gpu
         on_mac = on_gpu and mx.metal.is_available()
         held = 0 if on_mac else mx.get_active_memory()  # a Mac tells what there is, others what is left
         limit = held + int(SHARE * device_memory(device).free_bytes)
@@ -46,6 +48,8 @@ class Limits:
         if self._cache < limit:
             mx.set_cache_limit(self._cache)  # 32 MB on a CPU, where more gained no time
         self._wired = maybe_set_recommended_wired_limit() if on_mac else None
+        if not on_gpu:
+            keep_pages()
 
     def restore(self) -> None:
         """Set the limits back to what they were; the device has to be idle."""
@@ -53,6 +57,8 @@ class Limits:
         mx.set_cache_limit(self._cache)
         if self._wired is not None:
             mx.set_wired_limit(self._wired)
+        if not self._on_gpu:
+            give_pages_back()
 
 
 def matmul_rate(device: str) -> float:

@@ -31,8 +31,8 @@ from common.base.quantized import BITSANDBYTES_4BIT, check_quantization, stored_
 from common.base.weights import read_model_config
 from common.config import QuantizationConfig
 from common.errors import UserError
+from common.heap import without_holes
 from torch_backend.device import DTYPES
-from torch_backend.heap import without_holes
 
 
 def load_base(directory: Path, dtype: str, quantization: QuantizationConfig, device: torch.device) -> PreTrainedModel:
