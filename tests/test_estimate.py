@@ -124,10 +124,10 @@ def test_packed_rows_keep_no_scores_on_mlx_and_pass_some_of_a_band():
     assert found.passing == 5.5 * 4 * 24 * 4 * 2048 * 256  # arrays of 256 float32 scores for each head and query
 
 
-# The quickstart in `twintune train` on two CPU cores, peak of the process, 2026-11-24 and 29.
-@pytest.mark.parametrize(("engine", "peak"), [("torch", 1.833), ("mlx", 1.527)])
+# The quickstart in `twintune train` on two CPU cores, peak of the process, 2026-11-29.
+@pytest.mark.parametrize(("engine", "peak"), [("torch", 2.080), ("mlx", 1.669)])
 def test_estimates_are_near_what_was_measured_on_a_cpu(engine, peak):
-    config = TrainConfig(packing=True, prefix_sharing=True, max_seq_length=192, per_device_train_batch_size=1)
+    config = TrainConfig(packing=True, prefix_sharing=True, max_seq_length=192, per_device_train_batch_size=2)
     work = Workload(longest=96, supervised_share=0.569, seen=1.41).work(config)
     memory = estimate_memory(SMOLLM2, config, work, engine, CPU)
     print(f"{memory.total / 1e9:.2f} estimated, {peak} measured", memory.parts)

@@ -63,9 +63,8 @@ SETTINGS: dict[str, list[str]] = {
     "4 bits, checkpointing": ["quantization.bits=4", "gradient_checkpointing=true"],
     "packed": ["packing=true"],
     "shared": ["packing=true", "prefix_sharing=true"],
-    "shared, two rows": ["packing=true", "prefix_sharing=true", "gradient_accumulation_steps=2"],
 }
-OF_QUICKSTART = ["shared, two rows"]  # configs/quickstart.yaml itself
+OF_QUICKSTART = {"rows": 2, "settings": ["shared"]}  # configs/quickstart.yaml itself
 TRAINERS = ("mlx-lm", "twintune")
 UNTIMED = 3  # steps that warm up
 EXAMPLE, SHARED = (45, 81), 24  # tokens of an example where rows are packed, and those that all begin with
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["quickstart", *SHAPES], default="quickstart")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--rows", type=int, default=1, help="of a step")
+    parser.add_argument("--rows", type=int, help="of a step; 1 if left out, for the quickstart its own")
     parser.add_argument("--lengths", nargs="+", type=int, help="of a row, in tokens")
     parser.add_argument(
         "--longest", type=float, metavar="GB", help="search the longest row that fits, from --lengths on"
@@ -94,9 +93,11 @@ def main() -> None:
         base = SMOLLM2 if quick else Path(folder)
         if not quick:
             in_a_process(job="write", base=folder, shape=SHAPES[options.shape])
-        settings = options.settings or (OF_QUICKSTART if quick else [each for each in SETTINGS if "shared" not in each])
+        of_shapes: dict[str, Any] = {"rows": 1, "settings": [each for each in SETTINGS if each != "shared"]}
+        usual = OF_QUICKSTART if quick else of_shapes
+        rows, settings = options.rows or usual["rows"], options.settings or usual["settings"]
         jobs = [
-            {"job": trainer, "base": str(base), "setting": setting, "rows": options.rows, "length": length}
+            {"job": trainer, "base": str(base), "setting": setting, "rows": rows, "length": length}
             for setting in settings
             for length in options.lengths or [192 if quick else 2048]
             for trainer in options.trainers
