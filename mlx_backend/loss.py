@@ -165,7 +165,7 @@ def _scaled_softmax(output: mx.array, scale: mx.array, after: AfterHead) -> tupl
     """Return logits of a head's output, scale * their softmax, both (N, V), and the logarithm of its divisor (N, 1)."""
     values = finished(output, after)
     if mx.default_device().type == mx.gpu:
-        # Nothing but what the head gave and the result is written, and exponentials are cheaper than that.
+        # Exponentials are computed twice: there that takes less time than to write and read them.
         logarithm = mx.logsumexp(values, axis=-1, keepdims=True)
         values = finished(mx.depends(output, logarithm), after)
         return values, mx.exp(values - logarithm) * scale, logarithm

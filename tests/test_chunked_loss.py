@@ -1,6 +1,7 @@
 """The loss of a frozen head on MLX, chunk by chunk: MLX's own gradient of the plain formula, in less memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ from common.logits import TILE, AfterHead, chunk_rows
 from common.trainer import total_loss
 from mlx_backend.frozen import FourBitLinear
 from mlx_backend.head import Head, find_head, output_head
-from mlx_backend.loss import cross_entropy, frozen_head_loss, loss_alone
+from mlx_backend.loss import cross_entropy, frozen_head_loss, loss_alone, softmax_error
 
 VOCABULARY, WIDTH, ROWS = 301, 32, 17
 
@@ -46,6 +47,21 @@ def make_head(kind: str, arrays: dict[str, mx.array], after: AfterHead) -> Head:
     module = module.to_quantized(group_size=32, bits=4) if "4 bits" in kind else module
     module = FourBitLinear.from_linear(module, "nf4", True) if "nf4" in kind else module
     return Head(module, getattr(type(module), method), VOCABULARY, after)
+
+
+@pytest.mark.parametrize("after", [AfterHead(), AfterHead(factor=0.125), AfterHead(soft_cap=5.0)], ids=str)
+def test_a_gpus_way_to_the_loss_is_a_cpus(
+    after: AfterHead, arrays: dict[str, mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, counted = arrays["targets"], arrays["counted"]
+    output = 9 * mx.random.normal((ROWS, VOCABULARY), key=mx.random.key(1))
+    found = []
+    for kind in (mx.cpu, mx.gpu):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: SimpleNamespace(type=kind))
+        found.append(softmax_error(output, targets, counted, after))
+    (loss, error), (loss_of_gpu, error_of_gpu) = found
+    assert loss_of_gpu.item() == pytest.approx(loss.item(), rel=1e-6)
+    np.testing.assert_allclose(np.array(error_of_gpu), np.array(error), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
