@@ -22,8 +22,8 @@ NEVER = (1 << 31) - 1
 @contextlib.contextmanager
 def without_holes() -> Iterator[None]:
     """Give large blocks pages of their own for as long as the context lasts, and what is free back at its end."""
-    if _is_glibc():
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, SMALL)
     try:
         yield
     finally:
@@ -32,20 +32,18 @@ def without_holes() -> Iterator[None]:
 
 def keep_pages() -> None:
     """Keep what is freed for the next arrays, until `give_pages_back`."""
-    if _is_glibc():
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def give_pages_back() -> None:
     """Give back what is free, and from here on as glibc does where it has adjusted itself."""
-    if _is_glibc():
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
         libc.malloc_trim(0)
 
 
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -124,10 +124,9 @@ def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
     and for each example a copy of the beginning that it shares (mlx_backend/arrangement.py).
     """
     on_cpu = how.device_type == "cpu"
-    again = not how.checkpointing
     inner = 5 if on_cpu and how.bytes_each < 4 else 3 if on_cpu or how.checkpointing else 2
     keys = 2 * shape.keys * (work.seen if on_cpu else 1)
-    return (2 if again else 4) * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
+    return (4 if how.checkpointing else 2) * shape.hidden + 2 * shape.queries + keys + inner * shape.intermediate
 
 
 def _inner_passing(shape: ModelShape, work: Work, how: Setting) -> float:
