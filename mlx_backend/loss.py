@@ -98,7 +98,8 @@ class LossFunction:
 def frozen_head_loss(head: Head) -> Callable[..., tuple[mx.array, mx.array]]:
     """Return f(hidden (N, D), targets (N,), counted (N,), head's arrays) -> loss in nats, gradient of hidden (N, D).
 
-    Each chunk depends on loss and gradient of the one before, lest the temporaries of all live at once.
+    Each chunk depends on loss and gradient of the one before, lest the temporaries of all live at once. Who has the
+    loss has the gradient, too (mlx_backend/streams.py relies on it).
     """
 
     def head_loss(
@@ -115,7 +116,7 @@ def frozen_head_loss(head: Head) -> Callable[..., tuple[mx.array, mx.array]]:
             loss = loss + part_loss
             gradients += mx.vjp(output, [chunk], [error])[1]
         gradient = mx.concatenate(gradients) if len(gradients) > 1 else gradients[0]
-        return loss, gradient
+        return mx.depends(loss, gradient), gradient
 
     def head_gradient(primals: tuple, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple:
         gradient = outputs[1]

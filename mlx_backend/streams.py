@@ -48,6 +48,15 @@ def custom_gradient(function: Callable, gradient: Callable) -> Callable:
     return custom
 
 
+def _once_all_are_known(totals: Sequence[mx.array], of_totals: Sequence[mx.array], _: Sequence[mx.array]) -> list:
+    """Let no stream begin its backward pass before all have a loss: so MLX puts their heads next to each other.
+
+    It sends a hundred operations ahead, and the streams' are half a layer apart in its order. At the head, where few
+    operations take long, one stream would wait for the other: 0.3 s of a step of 2.3.
+    """
+    return [mx.depends(each, list(totals)) for each in of_totals]
+
+
 class Streams:
     """Deal the rows of a micro-batch out to the device's streams."""
 
@@ -71,6 +80,8 @@ class Streams:
         for stream, part in zip(self._streams, parts, strict=False):  # a batch may have fewer rows than there are cores
             with mx.stream(stream):
                 totals.append(function(**part))
+        if len(totals) > 1:
+            totals = custom_gradient(lambda *each: each, _once_all_are_known)(*totals)
         return functools.reduce(operator.add, totals)
 
     def rejoin(self) -> None:
