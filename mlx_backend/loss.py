@@ -21,12 +21,14 @@ from common.flat import FlatLayout
 from common.logits import AfterHead, chunk_rows
 from mlx_backend.arrangement import Arrangement, Masked
 from mlx_backend.attention import Packing
+from mlx_backend.exponential import fast_exp
 from mlx_backend.head import Head, HeadSelection, finished
 from mlx_backend.lora import Adapter
 from mlx_backend.origin import Origin
 from mlx_backend.streams import custom_gradient
 
 CHUNK_BYTES = 2**27  # of float32 logits
+CACHED = 2**18  # of them, a megabyte, are in a core's cache
 
 
 class LossFunction:
@@ -136,10 +138,13 @@ def loss_alone(hidden: mx.array, targets: mx.array, counted: mx.array, head: Hea
 
 
 def chunks(hidden: mx.array, head: Head) -> Iterator[slice]:
-    """Yield the rows (N, D) whose float32 logits fill a chunk."""
-    rows = chunk_rows(head.vocabulary, CHUNK_BYTES)
-    for start in range(0, len(hidden), rows):
-        yield slice(start, start + rows)
+    """Return the rows (N, D) whose float32 logits fill a chunk."""
+    return slices(len(hidden), chunk_rows(head.vocabulary, CHUNK_BYTES))
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Cut a length into parts of a size, the last of what is left."""
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def softmax_error(
@@ -169,10 +174,22 @@ def _scaled_softmax(output: mx.array, scale: mx.array, after: AfterHead) -> tupl
         logarithm = mx.logsumexp(values, axis=-1, keepdims=True)
         values = finished(mx.depends(output, logarithm), after)
         return values, mx.exp(values - logarithm) * scale, logarithm
-    highest = finished(output.max(axis=-1, keepdims=True), after)  # what follows a head keeps the order
-    exponentials = mx.exp(values - highest)
-    total = two_level_sum(exponentials)[:, None]
-    return values, exponentials * (scale / total), mx.log(total) + highest
+    return values, *_softmax_of_few(values, scale)
+
+
+def _softmax_of_few(values: mx.array, scale: mx.array) -> list[mx.array]:
+    """Return scale * softmax and logarithm as `_scaled_softmax` does, a few rows after the other, which a cache holds.
+
+    Of 90 rows of 49,152 logits that takes a CPU 25 ms, where all at once take 57, and 73 with MLX's exponential.
+    """
+    parts: list[tuple[mx.array, mx.array]] = []
+    for rows in slices(len(values), max(1, CACHED // values.shape[-1])):
+        few = mx.depends(values[rows], list(parts[-1])) if parts else values[rows]
+        highest = few.max(axis=-1, keepdims=True)
+        exponentials = fast_exp(few - highest)
+        total = two_level_sum(exponentials)[:, None]
+        parts.append((exponentials * (scale[rows] / total), mx.log(total) + highest))
+    return [mx.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
