@@ -2,7 +2,8 @@
 
 Of a 3B's 4 x 2048 positions it turns the queries in 254 microseconds, and their gradient in 148, where 25 would read
 and write them (H200, profiled). Turned by 90 degrees, which is exact, numbers only change places and signs: a product
-with a matrix. The result stands position by position, as the projections write their outputs.
+with a matrix, or in float32, whose products a card rounds, a copy. The result stands position by position, as the
+projections write their outputs.
 
 What angles are made of is one array for all layers, and so the compiler computes their sines once a step.
 """
@@ -47,9 +48,11 @@ def rope(
 ) -> mx.array:
     """Turn (B, heads, T, D) as `mx.fast.rope` does, one by one or all from an offset (B,) on (arXiv:2104.09864).
 
-    In float32, whose products a card rounds, and for a token alone it is MLX's.
+    In float32, and where all tokens are of one position, it is MLX's. Where each has its own that asks for more threads
+    than a block of CUDA may have (MLX 0.32, up to 16 dimensions).
     """
-    if x.dtype == mx.float32 or (x.shape[-2] == 1 and isinstance(offset, int)):
+    one_by_one = x.shape[-2] == 1 and isinstance(offset, mx.array) and offset.ndim > 0
+    if not one_by_one and (x.dtype == mx.float32 or x.shape[-2] == 1):
         return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
     wavelengths = _wavelengths(base, dims) if freqs is None else freqs
     offset = offset[:, None] if isinstance(offset, mx.array) and offset.ndim else offset
@@ -57,8 +60,13 @@ def rope(
     angles = mx.repeat(angles, 2, axis=-1) if traditional else mx.concatenate([angles, angles], axis=-1)
     if dims < x.shape[-1]:  # the rest of a head stays as it is
         angles = mx.pad(angles, [(0, 0)] * (angles.ndim - 1) + [(0, x.shape[-1] - dims)])
-    quarter = _quarter(x.shape[-1], dims, traditional, x.dtype)
-    return custom_gradient(_turned, _gradient)(x, mx.cos(angles), mx.sin(angles), quarter)
+    sines = mx.sin(angles)
+    if x.dtype == mx.float32:
+        quarter, signs = _places(x.shape[-1], dims, traditional)
+        sines = sines * signs
+    else:
+        quarter = _matrix(x.shape[-1], dims, traditional, x.dtype)
+    return custom_gradient(_turned, _gradient)(x, mx.cos(angles), sines, quarter)
 
 
 def on_cuda() -> bool:
@@ -76,22 +84,38 @@ def _wavelengths(base: float, dims: int) -> mx.array:
     return mx.array(np.float32(base ** (np.arange(dims // 2) / (dims // 2))))
 
 
-@functools.cache
-def _quarter(width: int, dims: int, traditional: bool, dtype: mx.Dtype) -> mx.array:
-    """Return the matrix (D, D) that turns rows x by x @ matrix: each pair (a, b) of the first `dims` to (-b, a).
+def _pairs(dims: int, traditional: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the first and of the second number of each pair.
 
     Pairs are of neighbours where `traditional`, else of both halves.
     """
-    matrix, first = np.zeros((width, width), np.float32), np.arange(dims // 2)
-    first, second = (2 * first, 2 * first + 1) if traditional else (first, first + dims // 2)
+    first = np.arange(dims // 2)
+    return (2 * first, 2 * first + 1) if traditional else (first, first + dims // 2)
+
+
+@functools.cache
+def _matrix(width: int, dims: int, traditional: bool, dtype: mx.Dtype) -> mx.array:
+    """Return the matrix (D, D) that turns rows x by x @ matrix: each pair (a, b) of the first `dims` to (-b, a)."""
+    matrix, (first, second) = np.zeros((width, width), np.float32), _pairs(dims, traditional)
     matrix[second, first], matrix[first, second] = -1, 1
     return mx.array(matrix, dtype)
+
+
+@functools.cache
+def _places(width: int, dims: int, traditional: bool) -> tuple[mx.array, mx.array]:
+    """Return places and signs (D,) that turn rows x by x[..., places] * signs, as the matrix does."""
+    places, signs, (first, second) = np.arange(width), np.ones(width, np.float32), _pairs(dims, traditional)
+    places[first], places[second], signs[first] = second, first, -1
+    return mx.array(places), mx.array(signs)
 
 
 def _turned(x: mx.array, cosines: mx.array, sines: mx.array, quarter: mx.array) -> mx.array:
     rows = x.swapaxes(1, 2)  # as they were before the heads were told apart
     cosines, sines = mx.depends([cosines, sines], [x])  # or the compiler computes both anew for each number of x
-    turned = (rows.reshape(-1, rows.shape[-1]) @ quarter).reshape(rows.shape)
+    if quarter.ndim == 1:
+        turned = rows[..., quarter]
+    else:
+        turned = (rows.reshape(-1, rows.shape[-1]) @ quarter).reshape(rows.shape)
     out = rows.astype(mx.float32) * cosines + turned.astype(mx.float32) * sines
     return out.astype(x.dtype).swapaxes(1, 2)
 

@@ -41,11 +41,20 @@ def test_angles_and_gradient_are_mlxs(traditional, offset, own_wavelengths, dims
         np.testing.assert_allclose(np.array(one), np.array(other), atol=TOLERANCE)
 
 
-def test_each_position_of_a_packed_row_may_be_a_row_of_its_own():
-    x, positions = normal(6, HEADS, 1, WIDTH), mx.array([0, 1, 2, 0, 1, 0])
-    how: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0, "offset": positions}
-    expected = mx.fast.rope(x.astype(mx.float32), WIDTH, **how)
-    np.testing.assert_allclose(np.array(ours.rope(x, WIDTH, **how)), np.array(expected), atol=TOLERANCE)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float16, TOLERANCE), (mx.float32, 5e-5)], ids=str)
+@pytest.mark.parametrize("dims", [WIDTH, 12])
+def test_each_position_of_a_packed_row_may_be_a_row_of_its_own(traditional, dtype, tolerance, dims):
+    x, positions = normal(240, HEADS, 1, WIDTH).astype(dtype), mx.arange(240) % 80
+    how: dict[str, Any] = {"traditional": traditional, "base": 1e4, "scale": 1.0}
+    found, gradient = mx.vjp(lambda x: ours.rope(x, dims, **how, offset=positions), [x], [x])
+    exact = x.astype(mx.float32)[:, :, 0]
+    rows = exact.reshape(3, 80, HEADS, WIDTH).swapaxes(1, 2)
+    expected = mx.vjp(lambda x: mx.fast.rope(x, dims, **how, offset=0), [rows], [rows])
+    for one, other in zip((*found, *gradient), (*expected[0], *expected[1]), strict=True):
+        assert one.dtype == dtype
+        other = other.swapaxes(1, 2).reshape(x.shape)
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=tolerance)
 
 
 def test_a_compiled_gradient_is_the_same():
