@@ -109,7 +109,7 @@ def test_one_step_is_torch_adamw_with_clipping(name: str, llama: Path) -> None:
     found = engine.read_state().weights
     for key, value in expected.items():
         # Three steps of 1e-2: an entry whose gradient is near zero may round to a different Adam direction.
-        np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
+        np.testing.assert_allclose(found[key], value, atol=2e-4 if DEVICE == "cpu" else 1e-3, err_msg=key)
 
 
 def test_loss_falls_while_training(name: str, llama: Path) -> None:
