@@ -19,6 +19,7 @@ LN2_HIGH = 0.693145751953125  # 16 bits of ln 2: products with whole numbers up 
 LN2_LOW = math.log(2) - LN2_HIGH
 TERMS = [1 / math.factorial(n) for n in range(6, -1, -1)]  # of the series, for |x| <= ln(2) / 2
 
+# MLX compiles for its CPU by g++.
 one_loop: Callable[[Callable], Callable] = mx.compile if shutil.which("g++") else lambda function: function
 
 
