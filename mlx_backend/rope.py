@@ -48,8 +48,8 @@ def rope(
 ) -> mx.array:
     """Turn (B, heads, T, D) as `mx.fast.rope` does, one by one or all from an offset (B,) on (arXiv:2104.09864).
 
-    In float32, and where all tokens are of one position, it is MLX's. Where each has its own that asks for more threads
-    than a block of CUDA may have (MLX 0.32, up to 16 dimensions).
+    In float32 it is MLX's, and where one token goes on from a number. But rows of one token with a position each are
+    turned here in float32, too: MLX 0.32 asks for more threads than a block of CUDA may have (up to 16 dimensions).
     """
     one_by_one = x.shape[-2] == 1 and isinstance(offset, mx.array) and offset.ndim > 0
     if not one_by_one and (x.dtype == mx.float32 or x.shape[-2] == 1):
@@ -60,13 +60,8 @@ def rope(
     angles = mx.repeat(angles, 2, axis=-1) if traditional else mx.concatenate([angles, angles], axis=-1)
     if dims < x.shape[-1]:  # the rest of a head stays as it is
         angles = mx.pad(angles, [(0, 0)] * (angles.ndim - 1) + [(0, x.shape[-1] - dims)])
-    sines = mx.sin(angles)
-    if x.dtype == mx.float32:
-        quarter, signs = _places(x.shape[-1], dims, traditional)
-        sines = sines * signs
-    else:
-        quarter = _matrix(x.shape[-1], dims, traditional, x.dtype)
-    return custom_gradient(_turned, _gradient)(x, mx.cos(angles), sines, quarter)
+    quarter, signs = _quarter(x.shape[-1], dims, traditional, x.dtype)
+    return custom_gradient(_turned, _gradient)(x, mx.cos(angles), mx.sin(angles) * signs, quarter)
 
 
 def on_cuda() -> bool:
@@ -84,29 +79,18 @@ def _wavelengths(base: float, dims: int) -> mx.array:
     return mx.array(np.float32(base ** (np.arange(dims // 2) / (dims // 2))))
 
 
-def _pairs(dims: int, traditional: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of the first and of the second number of each pair.
+@functools.cache
+def _quarter(width: int, dims: int, traditional: bool, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return what turns each pair (a, b) of the first `dims` of rows x to (b, a), and signs (D,) that make it (-b, a).
 
-    Pairs are of neighbours where `traditional`, else of both halves.
+    Pairs are of neighbours where `traditional`, else of both halves. What turns is a matrix (D, D) for x @ matrix, or
+    in float32 places (D,) for x[..., places].
     """
-    first = np.arange(dims // 2)
-    return (2 * first, 2 * first + 1) if traditional else (first, first + dims // 2)
-
-
-@functools.cache
-def _matrix(width: int, dims: int, traditional: bool, dtype: mx.Dtype) -> mx.array:
-    """Return the matrix (D, D) that turns rows x by x @ matrix: each pair (a, b) of the first `dims` to (-b, a)."""
-    matrix, (first, second) = np.zeros((width, width), np.float32), _pairs(dims, traditional)
-    matrix[second, first], matrix[first, second] = -1, 1
-    return mx.array(matrix, dtype)
-
-
-@functools.cache
-def _places(width: int, dims: int, traditional: bool) -> tuple[mx.array, mx.array]:
-    """Return places and signs (D,) that turn rows x by x[..., places] * signs, as the matrix does."""
-    places, signs, (first, second) = np.arange(width), np.ones(width, np.float32), _pairs(dims, traditional)
+    places, signs, first = np.arange(width), np.ones(width, np.float32), np.arange(dims // 2)
+    first, second = (2 * first, 2 * first + 1) if traditional else (first, first + dims // 2)
     places[first], places[second], signs[first] = second, first, -1
-    return mx.array(places), mx.array(signs)
+    quarter = mx.array(places) if dtype == mx.float32 else mx.array(np.eye(width, dtype=np.float32)[:, places], dtype)
+    return quarter, mx.array(signs)
 
 
 def _turned(x: mx.array, cosines: mx.array, sines: mx.array, quarter: mx.array) -> mx.array:
