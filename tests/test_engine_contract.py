@@ -107,9 +107,11 @@ def test_one_step_is_torch_adamw_with_clipping(name: str, llama: Path) -> None:
         result = engine.fetch(engine.train_step(plan.step_batch(step), 1e-2))
         assert result.grad_norm == pytest.approx(norms[step - 1], rel=1e-4)
     found = engine.read_state().weights
+    # Three steps of 1e-2: an entry whose gradient is near zero may round to a different Adam direction. On a card MLX
+    # rounds what its products multiply, too.
+    tolerance = 1e-3 if name == "mlx" and DEVICE != "cpu" else 2e-4
     for key, value in expected.items():
-        # Three steps of 1e-2: an entry whose gradient is near zero may round to a different Adam direction.
-        np.testing.assert_allclose(found[key], value, atol=2e-4 if DEVICE == "cpu" else 1e-3, err_msg=key)
+        np.testing.assert_allclose(found[key], value, atol=tolerance, err_msg=key)
 
 
 def test_loss_falls_while_training(name: str, llama: Path) -> None:

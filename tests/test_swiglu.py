@@ -28,6 +28,10 @@ def test_value_and_gradient_are_those_of_the_formula():
         np.testing.assert_allclose(np.array(of_gate), cotangent * x * slope, rtol=2e-6, atol=2e-6)
 
 
+def test_what_is_not_a_number_is_passed_on():
+    assert np.isnan(swiglu(mx.array([mx.nan]), mx.array([1.0])).item())
+
+
 def test_a_compiler_computes_each_gradient_in_one_kernel():
     gate, x, cotangent = mx.random.normal((3, 4, 8)).astype(mx.bfloat16)
     mx.eval(gate, x, cotangent)
