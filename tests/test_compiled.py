@@ -18,7 +18,9 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
@@ -26,7 +28,8 @@ from common.engine import Engine, StepBatch
 from common.errors import UserError
 from common.layout import make_micro_batch
 from common.sampling import Sampling
-from torch_backend.checkpointing import Offloading, is_hidden_state
+from torch_backend.checkpointing import Offloading, is_a_layers_own
+from torch_backend.compiled import CompiledLayers
 from torch_backend.step import Moments, make_update
 
 needs_card = pytest.mark.skipif(DEVICE == "cpu", reason="on a card alone: TWINTUNE_TEST_DEVICE=gpu")
@@ -153,6 +156,37 @@ def test_what_no_gradient_asks_for_is_not_computed_twice(compile_by: Any, tmp_pa
     assert backward_products(dropout=0.5, gradient_checkpointing=True) == kept
 
 
+@pytest.mark.parametrize("offloading", [False, True])
+def test_attention_is_not_computed_twice_where_its_result_is_kept(
+    offloading: bool, compile_by: Any, llama: Path
+) -> None:
+    operations: list[list[str]] = []
+
+    def partition(joint: torch.fx.GraphModule, *arguments: Any, **keywords: Any) -> Any:
+        if inductor_config.joint_custom_post_pass:  # inductor's own partition calls it
+            inductor_config.joint_custom_post_pass(joint.graph)
+        return min_cut_rematerialization_partition(joint, *arguments, **keywords)
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        operations.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    def counted(part: str) -> int:
+        return sum(part in operation and "backward" not in operation for operation in operations[-1])
+
+    compile_by(aot_autograd(fw_compiler=nop, bw_compiler=note, partition_fn=partition))
+    model = AutoModelForCausalLM.from_pretrained(llama).train()
+    plain = model(input_ids=torch.arange(32)[None]).logits.square().mean()
+    plain.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    CompiledLayers(model, checkpointing=True, offloading=offloading, dropout=False)
+    model(input_ids=torch.arange(32)[None]).logits.square().mean().backward()
+    assert [counted("_scaled_dot_product"), counted("aten.mm")] == [not offloading, 20]
+    for gradient, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 COMPILE = """
 import json, sys
 from pathlib import Path
@@ -191,26 +225,30 @@ def test_a_second_start_compiles_nothing(cli_environment: dict[str, str], tmp_pa
     assert any((tmp_path / "cache" / "inductor").iterdir())
 
 
-def test_layers_inputs_are_told_from_angles_weights_and_what_a_norm_keeps() -> None:
+def test_what_a_layer_keeps_is_told_from_angles_masks_weights_and_what_a_norm_keeps() -> None:
     def held_on_a_card(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
         held = torch.empty(shape, device="meta", dtype=dtype)
         return SimpleNamespace(ndim=held.ndim, shape=held.shape, dtype=dtype, nbytes=held.nbytes, is_cuda=True)
 
-    def is_input(tensor: Any, width: int = 3072) -> bool:
-        return is_hidden_state(tensor, width, torch.bfloat16)
+    def is_kept(tensor: Any, width: int = 3072, heads: int = 24) -> bool:
+        return is_a_layers_own(tensor, width, heads, torch.bfloat16)
 
-    assert is_input(held_on_a_card(4, 2048, 3072))
-    assert not is_input(held_on_a_card(1, 8192, 128))  # angles, one megabyte and more
-    assert not is_input(held_on_a_card(8192, 3072))  # a weight
-    assert not is_input(held_on_a_card(1, 16, 3072))  # not worth a copy
-    assert not is_input(held_on_a_card(4, 2048, 3072, dtype=torch.float32))  # a norm's
-    assert not is_input(torch.empty(4, 2048, 256, dtype=torch.bfloat16), 256)  # on the host already
+    assert is_kept(held_on_a_card(4, 2048, 3072))
+    assert is_kept(held_on_a_card(4, 24, 2048, 128))  # what attention gave, also heads of less than the width in all
+    assert is_kept(held_on_a_card(8192, 24, 64))  # and of packed rows
+    assert not is_kept(held_on_a_card(1, 8192, 128))  # angles, one megabyte and more
+    assert not is_kept(held_on_a_card(1, 1, 2048, 2048))  # a mask
+    assert not is_kept(held_on_a_card(8192, 3072))  # a weight
+    assert not is_kept(held_on_a_card(1, 16, 3072))  # not worth a copy
+    assert not is_kept(held_on_a_card(4, 2048, 3072, dtype=torch.float32))  # a norm's
+    assert not is_kept(held_on_a_card(4, 24, 2048, dtype=torch.float32))  # log-sum-exps
+    assert not is_kept(torch.empty(4, 2048, 256, dtype=torch.bfloat16), 256)  # on the host already
 
 
 @needs_card
 def test_few_offloaded_inputs_are_on_the_card_at_once() -> None:
     inputs = torch.ones(1, 1024, 4096, device="cuda", requires_grad=True)
-    offloading = Offloading(inputs.device, 4096, inputs.dtype)
+    offloading = Offloading(inputs.device, 4096, 32, inputs.dtype)
     torch.cuda.reset_peak_memory_stats()
     with offloading.forward_pass():
         hidden = inputs

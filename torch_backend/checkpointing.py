@@ -2,7 +2,8 @@
 
 What is kept then is the input of every layer. With `activation_offloading` it waits in the host's memory, copied by a
 stream of its own behind the computation, and comes back one layer before it is needed: for a 3B and 8,192 tokens 1.4 GB
-less on the card. Compiled layers checkpoint themselves (torch_backend/compiled.py), but are offloaded here too.
+less on the card. Compiled layers checkpoint themselves (torch_backend/compiled.py), but are offloaded here too, with
+the result of their attention, which they keep then.
 """
 
 from __future__ import annotations
@@ -22,61 +23,62 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 class Offloading:
-    """Keep the inputs of checkpointed layers on the host between forward and backward."""
+    """Keep what checkpointed layers keep on the host between forward and backward."""
 
-    def __init__(self, device: torch.device, width: int, dtype: torch.dtype) -> None:
-        """Take the card, and the width and dtype of a hidden state."""
+    def __init__(self, device: torch.device, width: int, heads: int, dtype: torch.dtype) -> None:
+        """Take the card, the width of a hidden state, the number of heads, and the dtype of both."""
         self._stream = torch.cuda.Stream(device)
         self._width = width
+        self._heads = heads
         self._dtype = dtype
 
     def forward_pass(self) -> contextlib.AbstractContextManager:
         """Return the context that a forward pass runs in; its backward pass may run outside."""
-        kept: list[KeptInput] = []
+        last: dict[torch.Size, KeptTensor] = {}  # of the inputs, and of what attention gave
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | KeptInput:
-            if not is_hidden_state(tensor, self._width, self._dtype):
+        def pack(tensor: torch.Tensor) -> torch.Tensor | KeptTensor:
+            if not is_a_layers_own(tensor, self._width, self._heads, self._dtype):
                 return tensor
-            before = kept[-1] if kept else None
+            before = last.get(tensor.shape)
             if before is not None:
                 before.leave()
-            kept.append(KeptInput(tensor, self._stream, before))
-            return kept[-1]
+            kept = last[tensor.shape] = KeptTensor(tensor, self._stream, before)
+            return kept
 
-        def unpack(packed: torch.Tensor | KeptInput) -> torch.Tensor:
-            return packed.back() if isinstance(packed, KeptInput) else packed
+        def unpack(packed: torch.Tensor | KeptTensor) -> torch.Tensor:
+            return packed.back() if isinstance(packed, KeptTensor) else packed
 
         return saved_tensors_hooks(pack, unpack)
 
 
-class KeptInput:
-    """Hold one layer's input on the host; asked for it, fetch that of the layer before as well, ahead of its time.
+class KeptTensor:
+    """Hold one layer's tensor on the host; asked for it, fetch that of the layer before as well, ahead of its time.
 
     All memory on the card is the computing stream's own, which waits for each copy before it gives memory free. Left to
     `record_stream` it would be free once the host had seen the copy end, many layers later where the host runs ahead.
     """
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: KeptInput | None) -> None:
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: KeptTensor | None) -> None:
         self._stream = stream
         self._before = before
         self._device = tensor.device
         self._on_card: torch.Tensor | None = tensor  # the last one stays there
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # in its strides: graphs are made for them
         self._copied = self._copy(tensor, self._host)
 
     def leave(self) -> None:
-        """Give the input's memory on the card free."""
+        """Give the tensor's memory on the card free."""
         torch.cuda.current_stream(self._device).wait_event(self._copied)
         self._on_card = None
 
     def fetch(self) -> None:
-        """Begin to copy the input back."""
+        """Begin to copy the tensor back."""
         if self._on_card is None:
-            self._on_card = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._on_card = torch.empty_like(self._host, device=self._device)
             self._copied = self._copy(self._host, self._on_card)
 
     def back(self) -> torch.Tensor:
-        """Return the input on its device."""
+        """Return the tensor on its device."""
         self.fetch()
         tensor = self._on_card
         assert tensor is not None
@@ -93,11 +95,13 @@ class KeptInput:
         return self._stream.record_event()
 
 
-def is_hidden_state(tensor: torch.Tensor, width: int, dtype: torch.dtype) -> bool:
-    """Tell a layer's input (B, T, D) from what else a pass saves: weights, and the angles that all layers share.
+def is_a_layers_own(tensor: torch.Tensor, width: int, heads: int, dtype: torch.dtype) -> bool:
+    """Tell a layer's input (B, T, D) and what its attention gave from what else a pass saves.
 
-    In half precision another dtype tells what an uncompiled norm before the head keeps, in float32 and twice; it is
-    needed first. A compiled one keeps its input like a layer.
+    That is (B, heads, T, D), or (N, heads, D) of packed rows. Else there are weights, and angles and masks that all
+    layers share. In half precision another dtype tells what an uncompiled norm before the head keeps, in float32 and
+    twice; it is needed first. A compiled one keeps its input like a layer.
     """
-    hidden = tensor.ndim == 3 and tensor.shape[-1] == width and tensor.dtype == dtype
-    return hidden and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda
+    hidden = tensor.ndim == 3 and tensor.shape[-1] == width
+    attended = tensor.ndim in (3, 4) and tensor.shape[1] == heads
+    return (hidden or attended) and tensor.dtype == dtype and tensor.nbytes >= LEAST_BYTES and tensor.is_cuda

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from torch_backend.graph_pass import ReuseMemory
+from torch_backend.keep_attention import KeepAttention
 from torch_backend.whole_rows import WholeRows
 
 # Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
@@ -34,6 +35,8 @@ MEMORY_BUDGET = 0.9
 # With checkpointing. torch.utils.checkpoint inside a graph is no substitute: torch 2.11 forgets about it in functions
 # with a gradient of their own and keeps their results, such as k and v, 0.9 GB for a 3B and 8,192 tokens.
 KEEP_INPUTS = 0.0
+# With offloading the compiler keeps what it is told to (torch_backend/keep_attention.py), but only of a share above 0.
+KEEP_MARKED = 1e-9
 # Graphs of one layer: for the first shape, for any length, for any number of rows, for one row, each to train and to
 # evaluate. Beyond torch's own limit of 8 it would run uncompiled, slower and in twice the memory, without a word.
 MOST_GRAPHS = 64
@@ -44,13 +47,16 @@ Forward = Callable[..., Any]
 class CompiledLayers:
     """Let a model's decoder layers and the norm behind them run compiled, except where that is suspended."""
 
-    def __init__(self, model: PreTrainedModel, checkpointing: bool, dropout: bool) -> None:
+    def __init__(self, model: PreTrainedModel, checkpointing: bool, offloading: bool, dropout: bool) -> None:
         """Compile lazily: the first batch of a shape takes the time.
 
-        `checkpointing` computes layers again in the backward pass; `dropout` says that they draw random numbers.
+        `checkpointing` computes layers again in the backward pass, but with `offloading` no attention; `dropout` says
+        that they draw random numbers.
         """
         leaves_out = checkpointing and not dropout
-        functorch_config.activation_memory_budget = KEEP_INPUTS if leaves_out else MEMORY_BUDGET
+        kept = KEEP_MARKED if offloading else KEEP_INPUTS
+        functorch_config.activation_memory_budget = kept if leaves_out else MEMORY_BUDGET
+        inductor_config.joint_custom_post_pass = KeepAttention() if leaves_out and offloading else None
         # Dropout's masks take so much of that share that the compiler would even repeat operations that it can't weigh.
         functorch_config.is_non_builtin_to_include = dropout
         # bitsandbytes' product is such a function; without this a graph with it is made anew at every start.

@@ -68,8 +68,10 @@ class TorchEngine:
         varlen = hardware.has_varlen(self.dtype)
         self._attention = PackedAttention(self._base, varlen) if config.packing else TrainingAttention(self._base)
         self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
-        width = self._base.config.get_text_config().hidden_size
-        self._offloading = Offloading(device, width, DTYPES[self.dtype]) if config.activation_offloading else None
+        checkpointing, offloading = config.gradient_checkpointing, config.activation_offloading
+        text = self._base.config.get_text_config()
+        kept = text.hidden_size, getattr(text, "num_attention_heads", 0), DTYPES[self.dtype]
+        self._offloading = Offloading(device, *kept) if offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
@@ -79,7 +81,6 @@ class TorchEngine:
         # and takes them out again at each pass.
         alike = (varlen or not config.packing) and not (lora and lora.target_parameters)
         compiles = hardware.compiles(self.dtype) and alike if config.torch_compile is None else config.torch_compile
-        checkpointing, dropout = config.gradient_checkpointing, config.lora.lora_dropout > 0
         room = compiles and not checkpointing  # with it, gradients are written over what is computed again
         placed = border_layers(self._base, DTYPES[self.dtype], room, triton) if borders else []
         if device.type == "cuda":
@@ -90,7 +91,8 @@ class TorchEngine:
         self._update = make_update(config, None if mask is None else torch.from_numpy(mask).to(device), compiles)
         head = find_head(self._base, self._selection)
         self._loss = LossFunction(self._model, self._selection, head, self.dtype, device, triton)
-        self._compiled = CompiledLayers(self._base, checkpointing, dropout) if compiles else None
+        dropout = config.lora.lora_dropout > 0
+        self._compiled = CompiledLayers(self._base, checkpointing, offloading, dropout) if compiles else None
         if checkpointing and not compiles:
             checkpoint_layers(self._base)
 
