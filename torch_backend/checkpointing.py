@@ -39,10 +39,8 @@ class Offloading:
         def pack(tensor: torch.Tensor) -> torch.Tensor | KeptTensor:
             if not is_a_layers_own(tensor, self._width, self._heads, self._dtype):
                 return tensor
-            before = last.get(tensor.shape)
-            if before is not None:
-                before.leave()
-            kept = last[tensor.shape] = KeptTensor(tensor, self._stream, before)
+            kept = last[tensor.shape] = KeptTensor(tensor, self._stream, last.get(tensor.shape))
+            kept.leave_all_but_two()
             return kept
 
         def unpack(packed: torch.Tensor | KeptTensor) -> torch.Tensor:
@@ -62,9 +60,18 @@ class KeptTensor:
         self._stream = stream
         self._before = before
         self._device = tensor.device
-        self._on_card: torch.Tensor | None = tensor  # the last one stays there
+        self._on_card: torch.Tensor | None = tensor
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # in its strides: graphs are made for them
         self._copied = self._copy(tensor, self._host)
+
+    def leave_all_but_two(self) -> None:
+        """Give the memory on the card of all tensors but this one and that of the layer before free.
+
+        So nothing waits for a copy that has just begun, and what the backward pass asks for first is there: the inputs
+        of the norm behind the layers, and of the last of them.
+        """
+        if self._before is not None and self._before._before is not None:
+            self._before._before.leave()
 
     def leave(self) -> None:
         """Give the tensor's memory on the card free."""

@@ -50,6 +50,7 @@ def unpack_into(
     _unpack[(rows, triton.cdiv(width, NUMBERS))](
         codes, absmax, outer, code, offset, code_book(quant_type, out.device), out, width, out.stride(0),
         BLOCK=blocksize, OUTER=NESTED_BLOCK, NESTED=bool(nested), NUMBERS=NUMBERS,
+        num_warps=2,  # 16 numbers a thread: of 14,336 x 4,096 in 48 us for 52 (H200)
         enable_fp_fusion=False,  # bitsandbytes rounds before it adds the offset
     )  # fmt: skip
 
