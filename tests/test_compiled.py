@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 from common.batches import BatchPlan
 from common.config import LoraConfig, TrainConfig
 from common.engine import Engine, StepBatch
-from common.errors import UserError
+from common.errors import MachineError, UserError
 from common.layout import make_micro_batch
 from common.sampling import Sampling
-from torch_backend.checkpointing import Offloading, is_a_layers_own
 from torch_backend.compiled import CompiledLayers
+from torch_backend.offloading import HostMemory, Offloading, is_a_layers_own
 from torch_backend.step import Moments, make_update
 
 needs_card = pytest.mark.skipif(DEVICE == "cpu", reason="on a card alone: TWINTUNE_TEST_DEVICE=gpu")
@@ -243,6 +243,34 @@ def test_what_a_layer_keeps_is_told_from_angles_masks_weights_and_what_a_norm_ke
     assert not is_kept(held_on_a_card(4, 2048, 3072, dtype=torch.float32))  # a norm's
     assert not is_kept(held_on_a_card(4, 24, 2048, dtype=torch.float32))  # log-sum-exps
     assert not is_kept(torch.empty(4, 2048, 256, dtype=torch.bfloat16), 256)  # on the host already
+
+
+def test_the_hosts_memory_is_lent_again_in_each_pass_and_grows_where_it_must() -> None:
+    host = HostMemory(pinned=False)
+    inputs, attended = torch.randn(2, 5, 12), torch.randn(2, 5, 3, 4).transpose(1, 2)
+    places = []
+    for _ in range(2):
+        host.begin()
+        lent = [host.like(each).copy_(each) for each in (inputs, attended, inputs)]
+        assert all(map(torch.equal, lent, (inputs, attended, inputs)))
+        assert [each.stride() for each in lent] == [inputs.stride(), attended.stride(), inputs.stride()]
+        places.append([each.data_ptr() for each in lent])
+    assert places[0] == places[1]
+    assert len(set(places[0])) == 3
+    host.begin()
+    shorter, longer = host.like(inputs[:1]), host.like(torch.randn(3, 5, 12, dtype=torch.float64))
+    assert shorter.data_ptr() == places[0][0]
+    assert longer.shape == (3, 5, 12)
+    assert longer.data_ptr() % 8 == 0
+    assert host.like(inputs).data_ptr() == places[0][2]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="this machine has a card, for which memory can be pinned")
+def test_a_host_that_pins_no_memory_says_what_to_do() -> None:
+    with pytest.raises(
+        MachineError, match="has pinned 0.0 GB for what layers keep"
+    ):
+        HostMemory(pinned=True).like(torch.ones(3))
 
 
 @needs_card

@@ -25,8 +25,8 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from torch_backend.checkpointing import KeepAttention
 from torch_backend.graph_pass import ReuseMemory
-from torch_backend.keep_attention import KeepAttention
 from torch_backend.whole_rows import WholeRows
 
 # Share of the activations that a compiled layer may keep. Just below 1 it computes elementwise results again, such as
@@ -35,7 +35,7 @@ MEMORY_BUDGET = 0.9
 # With checkpointing. torch.utils.checkpoint inside a graph is no substitute: torch 2.11 forgets about it in functions
 # with a gradient of their own and keeps their results, such as k and v, 0.9 GB for a 3B and 8,192 tokens.
 KEEP_INPUTS = 0.0
-# With offloading the compiler keeps what it is told to (torch_backend/keep_attention.py), but only of a share above 0.
+# With offloading the compiler keeps what it is told to (torch_backend/checkpointing.py), but only of a share above 0.
 KEEP_MARKED = 1e-9
 # Graphs of one layer: for the first shape, for any length, for any number of rows, for one row, each to train and to
 # evaluate. Beyond torch's own limit of 8 it would run uncompiled, slower and in twice the memory, without a word.
@@ -64,6 +64,9 @@ class CompiledLayers:
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
         inductor_config.inductor_choices_class = WholeRows  # asked for once, when a thread first compiles
+        # inductor times two ways to run an elementwise kernel, with copies of what it overwrites, which hide the
+        # difference: SwiGLU's then took 147 us or 90, as it happened (H200). The first way was never the slower one.
+        inductor_config.triton.autotune_pointwise = False
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}
         if checkpointing and not leaves_out:

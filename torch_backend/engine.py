@@ -26,7 +26,7 @@ from common.sampling import Sampling
 from common.segments import end_to_end
 from torch_backend.adapter import Adapter, is_plain
 from torch_backend.attention import PackedAttention, TrainingAttention
-from torch_backend.checkpointing import Offloading, checkpoint_layers
+from torch_backend.checkpointing import checkpoint_layers
 from torch_backend.compiled import CompiledLayers
 from torch_backend.device import DTYPES, Hardware, choose_device, describe, look_at, send
 from torch_backend.generate import generate
@@ -34,6 +34,7 @@ from torch_backend.head import find_head, select_at_head
 from torch_backend.lora import dense_weight, has_tied_embeddings, inject
 from torch_backend.loss import LossFunction
 from torch_backend.model import load_base
+from torch_backend.offloading import Offloading
 from torch_backend.siblings import border_layers
 from torch_backend.step import Moments, make_update
 

@@ -94,19 +94,17 @@ def activations(shape: ModelShape, work: Work, how: Setting) -> Activations:
         inputs = 2 if how.offloading else shape.layers  # one in use and one on its way
         kept, attention = inputs * shape.hidden * size, scores
         passing += layer - shape.hidden * size
+        if how.offloading and how.compiled and not how.dropout:  # attention isn't computed again, q, k and v come last
+            passing -= (shape.queries + _torch_keys(shape, work, how)) * size
     holes = how.engine == "torch" and how.device_type == "cpu" and shape.intermediate * size < HEAP_BLOCK
     factor = TORCH_HEAP_HOLES if holes else 1
     return Activations(factor * kept, factor * passing, attention, _logits(shape, work, how))
 
 
 def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
-    """Count what a layer keeps on torch; packed rows have keys and values repeated for each query head.
-
-    Where examples share a beginning, each has a copy of all that it sees, on a CPU beside those of the row.
-    """
+    """Count what a layer keeps on torch."""
     h, q, i = shape.hidden, shape.queries, shape.intermediate
-    copies = work.seen + (work.seen > 1 and how.device_type == "cpu")
-    keys = 2 * (q * copies if how.packed else shape.keys)
+    keys = _torch_keys(shape, work, how)
     joined = q if how.packed and how.device_type == "cpu" else 0  # the examples' results, put together
     if how.compiled:  # input, q, k, v, result, middle, gate, up: norms and SwiGLU are computed again
         return 2 * h + 2 * q + keys + 2 * i
@@ -114,6 +112,15 @@ def _torch_layer(shape: ModelShape, work: Work, how: Setting) -> float:
         return 4 * h + 2 * q + keys + joined + 4 * i
     # Norms in float32, twice as wide, beside their results.
     return 6 * h + 2 * q + keys + joined + 4 * i
+
+
+def _torch_keys(shape: ModelShape, work: Work, how: Setting) -> float:
+    """Count a layer's keys and values on torch; packed rows have them repeated for each query head.
+
+    Where examples share a beginning, each has a copy of all that it sees, on a CPU beside those of the row.
+    """
+    copies = work.seen + (work.seen > 1 and how.device_type == "cpu")
+    return 2 * (shape.queries * copies if how.packed else shape.keys)
 
 
 def _mlx_layer(shape: ModelShape, work: Work, how: Setting) -> float:
