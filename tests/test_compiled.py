@@ -267,9 +267,7 @@ def test_the_hosts_memory_is_lent_again_in_each_pass_and_grows_where_it_must() -
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="this machine has a card, for which memory can be pinned")
 def test_a_host_that_pins_no_memory_says_what_to_do() -> None:
-    with pytest.raises(
-        MachineError, match="has pinned 0.0 GB for what layers keep"
-    ):
+    with pytest.raises(MachineError, match="the host has pinned"):
         HostMemory(pinned=True).like(torch.ones(3))
 
 
@@ -293,7 +291,8 @@ def test_offloaded_activations_come_back_as_they_were(compiled: bool, tmp_path: 
     base = write_llama(tmp_path, hidden_size=4096, num_hidden_layers=4)  # a hidden state of over a megabyte
     settings = {"gradient_checkpointing": True, "torch_compile": compiled}
     expected = curve(base, **settings)
-    assert curve(base, activation_offloading=True, **settings) == expected
+    # Compiled layers keep attention's result with it: not the same graph, so not the same bits.
+    assert curve(base, activation_offloading=True, **settings) == pytest.approx(expected, rel=1e-6 if compiled else 0)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="this machine has a card to offload from")

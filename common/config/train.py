@@ -144,7 +144,7 @@ class TrainConfig(Group):
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
     activation_offloading: bool = False
-    """Keep what `gradient_checkpointing` keeps in the host's memory instead of the card's (torch on CUDA)."""
+    """Keep what `gradient_checkpointing` keeps, and attention's result, in the host's memory (torch on CUDA)."""
 
     torch_compile: bool | None = Field(default=None, examples=[False])
     """Whether torch compiles the decoder layers; null: on CUDA, where Triton is there. MLX compiles by itself."""
