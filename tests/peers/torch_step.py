@@ -11,6 +11,7 @@ between calls. `--tiny` runs all of it on a CPU, with tiny models, to see that i
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def measured(steps: Iterator[tuple[int, int, float]], began: float) -> dict[str,
         "tokens_per_second": tokens / seconds,
         "supervised_tokens_per_second": supervised / seconds,
         "step_seconds": seconds / (len(done) - WARM_UP),
+        "slowest_step_seconds": max(later[2] - step[2] for step, later in itertools.pairwise(done[WARM_UP - 1 :])),
         "first_step_after_seconds": done[0][2] - started,
     }
     if torch.cuda.is_available():
