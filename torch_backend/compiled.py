@@ -35,7 +35,7 @@ MEMORY_BUDGET = 0.9
 # With checkpointing. torch.utils.checkpoint inside a graph is no substitute: torch 2.11 forgets about it in functions
 # with a gradient of their own and keeps their results, such as k and v, 0.9 GB for a 3B and 8,192 tokens.
 KEEP_INPUTS = 0.0
-# With offloading the compiler keeps what it is told to (torch_backend/checkpointing.py), but only of a share above 0.
+# With offloading: what the compiler is told to keep (torch_backend/checkpointing.py), for which it looks above 0 alone.
 KEEP_MARKED = 1e-9
 # Graphs of one layer: for the first shape, for any length, for any number of rows, for one row, each to train and to
 # evaluate. Beyond torch's own limit of 8 it would run uncompiled, slower and in twice the memory, without a word.
@@ -64,8 +64,9 @@ class CompiledLayers:
         dynamo_config.recompile_limit = MOST_GRAPHS
         inductor_config.post_grad_custom_post_pass = ReuseMemory()
         inductor_config.inductor_choices_class = WholeRows  # asked for once, when a thread first compiles
-        # inductor times two ways to run an elementwise kernel, with copies of what it overwrites, which hide the
-        # difference: SwiGLU's then took 147 us or 90, as it happened (H200). The first way was never the slower one.
+        # inductor times two ways to run an elementwise kernel, with copies of what it may overwrite, which hide the
+        # difference: SwiGLU's then took 90 or 147 us a layer, as it happened (H200). Without timing the first is taken,
+        # eight numbers a thread, which is the faster one there.
         inductor_config.triton.autotune_pointwise = False
         model.get_input_embeddings().register_forward_hook(_as_between_layers)
         layers = {layer: torch.compile(layer.forward) for layer in decoder_layers(model)}

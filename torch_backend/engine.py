@@ -71,8 +71,8 @@ class TorchEngine:
         self._base.requires_grad_(False)  # also where nothing is trained: what is trainable is taken for the adapter
         checkpointing, offloading = config.gradient_checkpointing, config.activation_offloading
         text = self._base.config.get_text_config()
-        kept = text.hidden_size, getattr(text, "num_attention_heads", 0), DTYPES[self.dtype]
-        self._offloading = Offloading(device, *kept) if offloading else None
+        heads = getattr(text, "num_attention_heads", 0)
+        self._offloading = Offloading(device, text.hidden_size, heads, DTYPES[self.dtype]) if offloading else None
         self._model, self._targets = inject(self._base, lora) if lora else (self._base, [])
         self._selection = select_at_head(self._base)  # of the head as training leaves it: wrapped, where it is trained
         self._model.eval()
