@@ -155,8 +155,24 @@ def measured(steps: Iterator[tuple[int, int, float]], began: float) -> dict[str,
     }
     if torch.cuda.is_available():
         held = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-        figures |= held
+        figures |= held | {"to_host_bytes_per_second": to_host()}
     return figures
+
+
+def to_host(size: int = 2**26, times: int = 20) -> float:
+    """Time copies from the card into pinned memory of the host: what offloading can't be faster than."""
+    import torch
+
+    source, target = (
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+        torch.empty(size, dtype=torch.uint8).pin_memory(),
+    )
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return times * size / (time.perf_counter() - began)
 
 
 def longest(who: str, folder: Path, shape: Any, start: int, limit: int, on_card: bool) -> Iterator[int]:
