@@ -163,10 +163,8 @@ def to_host(size: int = 2**26, times: int = 20) -> float:
     """Time copies from the card into pinned memory of the host: what offloading can't be faster than."""
     import torch
 
-    source, target = (
-        torch.empty(size, dtype=torch.uint8, device="cuda"),
-        torch.empty(size, dtype=torch.uint8).pin_memory(),
-    )
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source, device="cpu", pin_memory=True)
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(times):
