@@ -54,9 +54,10 @@ class CompiledLayers:
         that they draw random numbers.
         """
         leaves_out = checkpointing and not dropout
-        kept = KEEP_MARKED if offloading else KEEP_INPUTS
-        functorch_config.activation_memory_budget = kept if leaves_out else MEMORY_BUDGET
-        inductor_config.joint_custom_post_pass = KeepAttention() if leaves_out and offloading else None
+        keeps_attention = leaves_out and offloading
+        kept = KEEP_MARKED if keeps_attention else KEEP_INPUTS if leaves_out else MEMORY_BUDGET
+        functorch_config.activation_memory_budget = kept
+        inductor_config.joint_custom_post_pass = KeepAttention() if keeps_attention else None
         # Dropout's masks take so much of that share that the compiler would even repeat operations that it can't weigh.
         functorch_config.is_non_builtin_to_include = dropout
         # bitsandbytes' product is such a function; without this a graph with it is made anew at every start.

@@ -80,8 +80,7 @@ class KeptTensor:
     def fetch(self) -> None:
         """Begin to copy the tensor back."""
         if self._on_card is None:
-            shape, strides = self._host.shape, self._host.stride()
-            self._on_card = torch.empty_strided(shape, strides, dtype=self._host.dtype, device=self._device)
+            self._on_card = self._host.new_empty_strided(self._host.shape, self._host.stride(), device=self._device)
             self._copied = self._copy(self._host, self._on_card)
 
     def back(self) -> torch.Tensor:
@@ -105,9 +104,9 @@ class KeptTensor:
 class HostMemory:
     """Lend memory of the host in the order in which a pass asks for it: to each pass the same.
 
-    One stream copies into it and out of it, in order, so nobody has to wait until it is free. From torch's cache of
-    pinned memory a host that runs a step ahead of its card would take as much again, and each piece that is pinned
-    anew, which takes tens of milliseconds, keeps it from launching.
+    One stream copies into it and out of it, in order, so nobody has to wait until it is free. Torch's cache of pinned
+    memory lends a piece again only once it has seen the copy out of it end: to a host that runs ahead of its card it
+    would give another, pinned anew.
     """
 
     def __init__(self, pinned: bool) -> None:
